@@ -1,0 +1,118 @@
+//! Why a save or restore failed.
+
+use std::io;
+
+use crate::frame::Pfn;
+use crate::hypervisor::{HvError, PolicyError};
+use crate::stream::FormatError;
+
+/// Result of the engine.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// An end other than the wanted one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Xen or the kernel refused something.
+    #[error(transparent)]
+    Hv(#[from] HvError),
+    /// The stream could not be written or read.
+    #[error("{what}")]
+    Stream {
+        /// What was being written or read.
+        what: &'static str,
+        /// The descriptor's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The toolstack did not do what it was asked.
+    #[error("the toolstack failed to {what}")]
+    Toolstack {
+        /// What it was asked to do.
+        what: &'static str,
+        /// The channel's error.
+        #[source]
+        source: io::Error,
+    },
+    /// The stream holds something that it must not hold.
+    #[error("the stream is not valid")]
+    Format(#[from] FormatError),
+    /// CPU policy.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// The guest did not follow the request to suspend.
+    #[error("the guest did not suspend")]
+    NotSuspended,
+    /// The guest's own structures make no sense, or moved.
+    #[error("PV guest: {0}")]
+    Guest(#[from] GuestError),
+    /// The kind of guest is beyond this version.
+    #[error("{0}")]
+    Unsupported(&'static str),
+    /// Somebody asked for the end.
+    #[error("cancelled")]
+    Aborted,
+    /// `VERIFY`: pages differ.
+    #[error("{bad} pages differ from what was sent before (first: pfn {first})")]
+    Verify {
+        /// How many.
+        bad: u64,
+        /// The lowest.
+        first: Pfn,
+    },
+    /// A bug in rxl: a state machine was fed an event that cannot happen in its state.
+    #[error("bug in rxl: {event} while {state}")]
+    Machine {
+        /// The state's name.
+        state: &'static str,
+        /// The event's name.
+        event: &'static str,
+    },
+}
+
+/// What may be wrong with structures that a PV guest keeps in its own memory.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum GuestError {
+    /// A frame number that is not the guest's.
+    #[error("{what}: mfn {mfn:#x} is not in its physical map")]
+    ForeignFrame {
+        /// Which field held it.
+        what: &'static str,
+        /// The frame.
+        mfn: u64,
+    },
+    /// A page table that could not be normalised although the guest is suspended. Sending the
+    /// guest without it would lose it, so this is fatal.
+    #[error("page table pfn {pfn} (level {level}) holds mfn {mfn:#x} at entry {entry}, which is not in its physical map")]
+    Table {
+        /// The table.
+        pfn: Pfn,
+        /// 1 to 4.
+        level: u8,
+        /// 0 to 511.
+        entry: usize,
+        /// The frame in the entry.
+        mfn: u64,
+    },
+    /// A superpage in a PV page table.
+    #[error("page table pfn {pfn} (level {level}) maps a superpage; such a guest cannot be migrated")]
+    Superpage {
+        /// The table.
+        pfn: Pfn,
+        /// 2 to 4.
+        level: u8,
+    },
+    /// The p2m was replaced while the guest moved.
+    #[error("its p2m changed (generation {before} → {now}) during the migration")]
+    P2mMoved {
+        /// At the start.
+        before: u64,
+        /// Now.
+        now: u64,
+    },
+    /// The p2m's description makes no sense.
+    #[error("its p2m is not usable: {0}")]
+    P2m(&'static str),
+    /// A structure of the wrong size or content.
+    #[error("{0}")]
+    State(&'static str),
+}

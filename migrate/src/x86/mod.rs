@@ -1,0 +1,4 @@
+//! What is particular to x86 guests: PV page tables and p2m, vCPU contexts, HVM parameters.
+
+pub mod hvm;
+pub mod pv;
