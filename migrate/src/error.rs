@@ -82,7 +82,9 @@ pub enum GuestError {
     },
     /// A page table that could not be normalised although the guest is suspended. Sending the
     /// guest without it would lose it, so this is fatal.
-    #[error("page table pfn {pfn} (level {level}) holds mfn {mfn:#x} at entry {entry}, which is not in its physical map")]
+    #[error(
+        "page table pfn {pfn} (level {level}) holds mfn {mfn:#x} at entry {entry}, which is not in its physical map"
+    )]
     Table {
         /// The table.
         pfn: Pfn,
@@ -94,7 +96,9 @@ pub enum GuestError {
         mfn: u64,
     },
     /// A superpage in a PV page table.
-    #[error("page table pfn {pfn} (level {level}) maps a superpage; such a guest cannot be migrated")]
+    #[error(
+        "page table pfn {pfn} (level {level}) maps a superpage; such a guest cannot be migrated"
+    )]
     Superpage {
         /// The table.
         pfn: Pfn,

@@ -269,7 +269,9 @@ pub trait SourceDomain: Domain {
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
     /// This host's CPU, Xen or settings lack what the guest was promised.
-    #[error("this host cannot give the guest the CPU it had: leaf {leaf:#x}, subleaf {subleaf:#x}, MSR {msr:#x} (all ones: not that)")]
+    #[error(
+        "this host cannot give the guest the CPU it had: leaf {leaf:#x}, subleaf {subleaf:#x}, MSR {msr:#x} (all ones: not that)"
+    )]
     Refused {
         /// CPUID leaf at fault, or all ones.
         leaf: u32,

@@ -1,1 +1,17 @@
-//! Placeholder.
+//! The sender: writes a running or suspended domain to a libxc stream.
+//!
+//! [`machine`] decides what comes next and does nothing itself; [`driver`] does what it decides,
+//! against the traits of [`crate::hypervisor`]; [`precopy`] decides when to stop copying a
+//! running guest; [`pass`] sends one set of pages; [`pv`] and [`hvm`] know the guests.
+//!
+//! Not here: the suspend request (libxl's, asked for through `Toolstack::suspend`), the libxl
+//! stream around this one, and what happens to the domain afterwards.
+
+mod driver;
+mod hvm;
+pub mod machine;
+mod pass;
+pub mod precopy;
+mod pv;
+
+pub use driver::{Options, Summary, save};

@@ -516,11 +516,8 @@ pub fn hvm_params(params: &[(u64, u64)]) -> Vec<u8> {
 /// # Errors
 /// A length that does not fit the count.
 pub fn parse_hvm_params(body: &[u8]) -> Result<Vec<(u64, u64)>, FormatError> {
-    let err = |why| FormatError::Length {
-        kind: RecordKind::HvmParams.code(),
-        length: body.len(),
-        why,
-    };
+    let err =
+        |why| FormatError::Length { kind: RecordKind::HvmParams.code(), length: body.len(), why };
     let (head, rest) = body.split_at_checked(8).ok_or(err("shorter than its count"))?;
     let count = le_u64s(head).next().unwrap_or(0) & 0xffff_ffff;
     if !rest.len().is_multiple_of(16) || (rest.len() / 16) as u64 != count {

@@ -1,0 +1,266 @@
+//! Does what [`super::machine`] decides.
+
+use crate::bitmap::PageBitmap;
+use crate::error::{Error, Result};
+use crate::hypervisor::{
+    DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
+};
+use crate::report;
+use crate::source::hvm;
+use crate::source::machine::{Action, Event, Machine, PageSet};
+use crate::source::pass::{PassSender, Space};
+use crate::source::pv::PhysMap;
+use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
+
+/// How to save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Keep the guest running during most of it.
+    pub live: bool,
+    /// Send everything again at the end, for the receiver to compare.
+    pub verify: bool,
+}
+
+/// A complete save.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Bytes of the stream.
+    pub bytes: u64,
+}
+
+/// Writes `domain` to `out`. On success it is suspended. On failure it runs on, unless it had
+/// been suspended already; resuming it is the toolstack's decision. Log-dirty is off either way.
+///
+/// # Errors
+/// The first thing that went wrong.
+pub fn save<D, O, T>(
+    domain: &D,
+    out: &mut O,
+    toolstack: &mut T,
+    options: &Options,
+) -> Result<Summary>
+where
+    D: SourceDomain,
+    O: StreamOut<D::Pages>,
+    T: Toolstack,
+{
+    let result = open(domain, out, toolstack).and_then(|driver| driver.run(options));
+    match &result {
+        Ok(summary) => toolstack.event(&report::Event::Finished { bytes: summary.bytes }),
+        Err(error) => toolstack.event(&report::Event::Failed { why: chain(error) }),
+    }
+    result
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |e| e.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+struct Driver<'a, D: SourceDomain, O, T> {
+    info: DomainInfo,
+    sender: PassSender<'a, D, O, T>,
+    /// Dirty bits read and pages not sent since.
+    pending: PageBitmap,
+    log_dirty: bool,
+    qemu_log_dirty: bool,
+}
+
+/// Looks at the domain and makes ready; nothing is switched on yet.
+fn open<'a, D, O, T>(
+    domain: &'a D,
+    out: &'a mut O,
+    toolstack: &'a mut T,
+) -> Result<Driver<'a, D, O, T>>
+where
+    D: SourceDomain,
+    O: StreamOut<D::Pages>,
+    T: Toolstack,
+{
+    let info = domain.info()?;
+    let kind = if info.hvm { "x86 HVM" } else { "x86 PV" };
+    toolstack.log(LogLevel::Info, &format!("Saving domain {}, type {kind}", domain.domid()));
+    let space = if info.hvm {
+        Space::Translated { pages: domain.maximum_gpfn()? + 1 }
+    } else {
+        if domain.address_bits()? != 64 {
+            return Err(Error::Unsupported("a 32-bit PV guest cannot be saved by this version"));
+        }
+        Space::Pv(PhysMap::open(domain, &info)?)
+    };
+    let p2m_pages = space.pages();
+    toolstack.event(&report::Event::Started {
+        pid: std::process::id(),
+        hvm: info.hvm,
+        total_pages: info.total_pages,
+        p2m_pages,
+    });
+    let sender = PassSender::new(domain, out, toolstack, space);
+    let pending = PageBitmap::new(p2m_pages);
+    Ok(Driver { info, sender, pending, log_dirty: false, qemu_log_dirty: false })
+}
+
+impl<D, O, T> Driver<'_, D, O, T>
+where
+    D: SourceDomain,
+    O: StreamOut<D::Pages>,
+    T: Toolstack,
+{
+    fn run(mut self, options: &Options) -> Result<Summary> {
+        let mut machine = Machine::new(options.live, self.info.hvm, options.verify);
+        let mut event = Event::Begin;
+        let mut failure = None;
+        loop {
+            let action = machine.step(event).inspect_err(|_| self.cleanup())?;
+            if let Action::Finish { complete } = action {
+                return match failure {
+                    None if complete => Ok(Summary { bytes: self.sender.bytes }),
+                    Some(error) => Err(error),
+                    None => Err(Error::Aborted),
+                };
+            }
+            event = self.act(action).unwrap_or_else(|error| {
+                failure = Some(error);
+                Event::Failed
+            });
+        }
+    }
+
+    fn act(&mut self, action: Action) -> Result<Event> {
+        if self.sender.toolstack.aborted() && action != Action::Cleanup {
+            return Err(Error::Aborted);
+        }
+        match action {
+            Action::QemuLogDirtyOn => self.qemu_log_dirty_on()?,
+            Action::LogDirtyOn => {
+                // Set first: a failure half way may have left it on.
+                self.log_dirty = true;
+                self.sender.domain.log_dirty_on()?;
+            }
+            Action::WriteHead => self.write_head()?,
+            Action::SendPass { pass, set, last } => self.send_pass(pass, set, last)?,
+            Action::ReadDirty { last } => return self.read_dirty(last),
+            Action::Suspend => self.suspend()?,
+            Action::WriteVerify => {
+                let record = libxc::record(RecordKind::Verify, &[])?;
+                self.sender.write_record(&record, "writing the verify record")?;
+            }
+            Action::WriteTail => self.write_tail()?,
+            Action::Cleanup => self.cleanup(),
+            Action::Finish { .. } => {}
+        }
+        Ok(Event::Done)
+    }
+
+    fn qemu_log_dirty_on(&mut self) -> Result<()> {
+        self.qemu_log_dirty = true;
+        self.sender.toolstack.qemu_log_dirty(true).map_err(|source| Error::Toolstack {
+            what: "switch the device model's dirty logging on",
+            source,
+        })
+    }
+
+    fn write_head(&mut self) -> Result<()> {
+        let domain = self.sender.domain;
+        let guest = if self.info.hvm { GuestKind::Hvm } else { GuestKind::Pv };
+        let header = StreamHeader { version: libxc::VERSION, guest, xen: domain.xen_version()? };
+        let mut head = header.to_bytes().to_vec();
+        if guest == GuestKind::Pv {
+            head.extend(libxc::record(RecordKind::X86PvInfo, &[&libxc::PV_INFO_64BIT])?);
+        }
+        let policy = domain.cpu_policy()?;
+        for (kind, body) in
+            [(RecordKind::X86CpuidPolicy, &policy.leaves), (RecordKind::X86MsrPolicy, &policy.msrs)]
+        {
+            if !body.is_empty() {
+                head.extend(libxc::record(kind, &[body])?);
+            }
+        }
+        head.extend(libxc::record(RecordKind::StaticDataEnd, &[])?);
+        if let Space::Pv(map) = &self.sender.space {
+            head.extend(map.start_record()?);
+        }
+        self.sender.write_record(&head, "writing the head of the stream")
+    }
+
+    fn send_pass(&mut self, pass: u32, set: PageSet, last: bool) -> Result<()> {
+        let pages = self.sender.space.pages();
+        let mut set = match set {
+            PageSet::All => PageBitmap::full(pages),
+            PageSet::Pending => std::mem::replace(&mut self.pending, PageBitmap::new(pages)),
+        };
+        if last {
+            set.union(&self.sender.due());
+        }
+        self.check_unmoved()?;
+        self.sender.send(pass, &set, last)?;
+        self.check_unmoved()?;
+        if last {
+            self.sender.toolstack.event(&report::Event::MemorySent);
+        }
+        Ok(())
+    }
+
+    /// A PV guest that replaced its p2m would be read through a stale mapping.
+    fn check_unmoved(&self) -> Result<()> {
+        match &self.sender.space {
+            Space::Pv(map) => map.check_unmoved(),
+            Space::Translated { .. } => Ok(()),
+        }
+    }
+
+    fn read_dirty(&mut self, last: bool) -> Result<Event> {
+        let mut dirty = PageBitmap::new(self.sender.space.pages());
+        self.sender.domain.log_dirty_clean(&mut dirty, last)?;
+        self.pending.union(&dirty);
+        let pages = self.pending.count();
+        self.sender.toolstack.event(&report::Event::Dirty { pages });
+        Ok(Event::Dirty(pages))
+    }
+
+    fn suspend(&mut self) -> Result<()> {
+        let toolstack = &mut *self.sender.toolstack;
+        toolstack.event(&report::Event::SuspendAsked);
+        let suspended = toolstack
+            .suspend()
+            .map_err(|source| Error::Toolstack { what: "suspend the guest", source })?;
+        // The hypervisor's word counts, not the toolstack's.
+        self.info = self.sender.domain.info()?;
+        if !suspended || self.info.shutdown != Some(SHUTDOWN_SUSPEND) {
+            return Err(Error::NotSuspended);
+        }
+        self.sender.toolstack.event(&report::Event::Suspended);
+        Ok(())
+    }
+
+    fn write_tail(&mut self) -> Result<()> {
+        let domain = self.sender.domain;
+        let tsc = libxc::tsc_info(&domain.tsc_info()?);
+        let mut tail = libxc::record(RecordKind::X86TscInfo, &[&tsc])?;
+        let records = match &self.sender.space {
+            Space::Translated { .. } => hvm::state_records(domain)?,
+            Space::Pv(map) => map.state_records(domain, &self.info)?,
+        };
+        tail.extend(records.into_iter().flatten());
+        tail.extend(libxc::record(RecordKind::End, &[])?);
+        self.sender.write_record(&tail, "writing the state of the guest")
+    }
+
+    /// Switches off what was switched on. What fails here is told, and changes nothing: the
+    /// stream is complete, or has failed for a better reason.
+    fn cleanup(&mut self) {
+        if std::mem::take(&mut self.log_dirty)
+            && let Err(error) = self.sender.domain.log_dirty_off()
+        {
+            let text = format!("Failed to switch log-dirty off: {}", chain(&error));
+            self.sender.toolstack.log(LogLevel::Error, &text);
+        }
+        if std::mem::take(&mut self.qemu_log_dirty)
+            && let Err(error) = self.sender.toolstack.qemu_log_dirty(false)
+        {
+            let text = format!("Failed to switch the device model's dirty logging off: {error}");
+            self.sender.toolstack.log(LogLevel::Error, &text);
+        }
+    }
+}

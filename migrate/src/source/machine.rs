@@ -1,0 +1,329 @@
+//! The order of a save, without doing any of it.
+//!
+//! ```text
+//!            live                                      not live
+//!   Begin ─► QemuLogDirty(on)? ─► WriteHead            Begin ─► WriteHead ─► Suspend ─► SendPass
+//!         ─► LogDirtyOn ─► SendPass 0 (all)                                  (all, last) ─► tail
+//!         ┌► ReadDirty ─┬─ enough ──► Suspend ─► ReadDirty(last) ─► SendPass(last) ─► tail
+//!         └─ SendPass n ◄─ not yet
+//!   tail: [WriteVerify ─► SendPass(verify)] ─► WriteTail ─► Cleanup ─► Done
+//!   any failure or abort ─► Cleanup ─► Failed
+//! ```
+//!
+//! Two orders are what correctness hangs on, and this file is where they are kept: log-dirty is
+//! on before the first page is read, and the dirty bits are read (and so cleared) *before* the
+//! pages of their pass, never after.
+
+use crate::error::{Error, Result};
+use crate::source::precopy::{self, Decision, Seen};
+
+/// What the driver is to do; it answers with the event named here, or with [`Event::Failed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Switch the device model's dirty logging on → [`Event::Done`].
+    QemuLogDirtyOn,
+    /// Switch log-dirty on → [`Event::Done`].
+    LogDirtyOn,
+    /// Write headers and static data → [`Event::Done`].
+    WriteHead,
+    /// Send pages → [`Event::Done`].
+    SendPass {
+        /// 0-based.
+        pass: u32,
+        /// Which.
+        set: PageSet,
+        /// The guest is suspended: what cannot be sent now is lost, so it is an error.
+        last: bool,
+    },
+    /// Read and clear the dirty bits → [`Event::Dirty`].
+    ReadDirty {
+        /// The guest is suspended.
+        last: bool,
+    },
+    /// Have the guest suspended → [`Event::Done`].
+    Suspend,
+    /// Write the record after which pages are compared → [`Event::Done`].
+    WriteVerify,
+    /// Write the state records and END → [`Event::Done`].
+    WriteTail,
+    /// Switch off whatever was switched on; never fails → [`Event::Done`].
+    Cleanup,
+    /// It is over.
+    Finish {
+        /// Whether the stream is complete.
+        complete: bool,
+    },
+}
+
+/// Which pages a pass covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageSet {
+    /// The whole p2m.
+    All,
+    /// Those whose dirty bits have been read and that have not been sent since; in the last pass
+    /// also those that were put off.
+    Pending,
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Go.
+    Begin,
+    /// The action succeeded.
+    Done,
+    /// The number of pages that are dirty and not sent.
+    Dirty(u64),
+    /// The action failed, or somebody wants an end.
+    Failed,
+}
+
+impl Event {
+    fn name(self) -> &'static str {
+        match self {
+            Event::Begin => "begin",
+            Event::Done => "done",
+            Event::Dirty(_) => "dirty",
+            Event::Failed => "failed",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Idle,
+    QemuLogDirty,
+    Head,
+    LogDirty,
+    LivePass { passes: u32 },
+    Reading { passes: u32 },
+    Suspending { passes: u32 },
+    ReadingLast { passes: u32 },
+    LastPass { passes: u32 },
+    Verify { passes: u32 },
+    VerifyPass,
+    Tail,
+    Cleanup { complete: bool },
+    Over,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            State::Idle => "idle",
+            State::QemuLogDirty => "switching the device model's log-dirty on",
+            State::Head => "writing the head",
+            State::LogDirty => "switching log-dirty on",
+            State::LivePass { .. } => "in a live pass",
+            State::Reading { .. } => "reading dirty bits",
+            State::Suspending { .. } => "suspending",
+            State::ReadingLast { .. } => "reading the last dirty bits",
+            State::LastPass { .. } => "in the last pass",
+            State::Verify { .. } => "starting verification",
+            State::VerifyPass => "in the verification pass",
+            State::Tail => "writing the tail",
+            State::Cleanup { .. } => "cleaning up",
+            State::Over => "over",
+        }
+    }
+}
+
+/// The sender's state.
+#[derive(Debug)]
+pub struct Machine {
+    state: State,
+    live: bool,
+    hvm: bool,
+    verify: bool,
+}
+
+impl Machine {
+    /// A save that has not begun. `live`: the guest runs during most of it. `hvm`: the guest has,
+    /// or may have, a device model that writes its memory. `verify`: everything is sent a second
+    /// time at the end, to be compared.
+    #[must_use]
+    pub fn new(live: bool, hvm: bool, verify: bool) -> Machine {
+        Machine { state: State::Idle, live, hvm, verify }
+    }
+
+    /// What to do after `event`.
+    ///
+    /// # Errors
+    /// [`Error::Machine`] for an event that answers no action; nothing changes.
+    pub fn step(&mut self, event: Event) -> Result<Action> {
+        let (state, action) = self.transition(event)?;
+        self.state = state;
+        Ok(action)
+    }
+
+    fn transition(&self, event: Event) -> Result<(State, Action)> {
+        let next = match (self.state, event) {
+            (State::Cleanup { .. } | State::Over, Event::Failed) | (_, Event::Begin)
+                if self.state != State::Idle =>
+            {
+                return Err(self.misfit(event));
+            }
+            (State::Idle, Event::Begin) if self.live && self.hvm => {
+                (State::QemuLogDirty, Action::QemuLogDirtyOn)
+            }
+            (State::Idle, Event::Begin) | (State::QemuLogDirty, Event::Done) => {
+                (State::Head, Action::WriteHead)
+            }
+            (State::Head, Event::Done) if self.live => (State::LogDirty, Action::LogDirtyOn),
+            (State::Head, Event::Done) => (State::Suspending { passes: 0 }, Action::Suspend),
+            (State::LogDirty, Event::Done) => (
+                State::LivePass { passes: 1 },
+                Action::SendPass { pass: 0, set: PageSet::All, last: false },
+            ),
+            (State::LivePass { passes }, Event::Done) => {
+                (State::Reading { passes }, Action::ReadDirty { last: false })
+            }
+            (State::Reading { passes }, Event::Dirty(dirty)) => {
+                match precopy::stock(Seen { passes, dirty }) {
+                    Decision::Continue => (
+                        State::LivePass { passes: passes + 1 },
+                        Action::SendPass { pass: passes, set: PageSet::Pending, last: false },
+                    ),
+                    Decision::Stop => (State::Suspending { passes }, Action::Suspend),
+                }
+            }
+            (State::Suspending { passes }, Event::Done) if self.live => {
+                (State::ReadingLast { passes }, Action::ReadDirty { last: true })
+            }
+            (State::Suspending { passes }, Event::Done) => (
+                State::LastPass { passes },
+                Action::SendPass { pass: passes, set: PageSet::All, last: true },
+            ),
+            (State::ReadingLast { passes }, Event::Dirty(_)) => (
+                State::LastPass { passes },
+                Action::SendPass { pass: passes, set: PageSet::Pending, last: true },
+            ),
+            (State::LastPass { passes }, Event::Done) if self.verify => {
+                (State::Verify { passes }, Action::WriteVerify)
+            }
+            (State::Verify { passes }, Event::Done) => (
+                State::VerifyPass,
+                Action::SendPass { pass: passes + 1, set: PageSet::All, last: true },
+            ),
+            (State::LastPass { .. } | State::VerifyPass, Event::Done) => {
+                (State::Tail, Action::WriteTail)
+            }
+            (State::Tail, Event::Done) => (State::Cleanup { complete: true }, Action::Cleanup),
+            (State::Cleanup { complete }, Event::Done) => {
+                (State::Over, Action::Finish { complete })
+            }
+            (_, Event::Failed) => (State::Cleanup { complete: false }, Action::Cleanup),
+            _ => return Err(self.misfit(event)),
+        };
+        Ok(next)
+    }
+
+    fn misfit(&self, event: Event) -> Error {
+        Error::Machine { state: self.state.name(), event: event.name() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Runs a save whose dirty counts are `dirty`, failing at step `fail`; the actions taken.
+    fn run(mut machine: Machine, dirty: &[u64], fail: Option<usize>) -> Vec<Action> {
+        let mut dirty = dirty.iter().copied();
+        let mut event = Event::Begin;
+        let mut actions = Vec::new();
+        loop {
+            let action = machine.step(event).unwrap();
+            actions.push(action);
+            event = match action {
+                Action::Finish { .. } => return actions,
+                Action::Cleanup => Event::Done,
+                _ if fail == Some(actions.len() - 1) => Event::Failed,
+                Action::ReadDirty { .. } => Event::Dirty(dirty.next().unwrap_or(0)),
+                _ => Event::Done,
+            };
+        }
+    }
+
+    #[test]
+    fn a_live_save_reads_dirty_bits_between_passes_and_stops_when_few_are_left() {
+        let pass = |pass, set, last| Action::SendPass { pass, set, last };
+        assert_eq!(
+            run(Machine::new(true, true, false), &[1000, 10, 30], None),
+            [
+                Action::QemuLogDirtyOn,
+                Action::WriteHead,
+                Action::LogDirtyOn,
+                pass(0, PageSet::All, false),
+                Action::ReadDirty { last: false },
+                pass(1, PageSet::Pending, false),
+                Action::ReadDirty { last: false },
+                Action::Suspend,
+                Action::ReadDirty { last: true },
+                pass(2, PageSet::Pending, true),
+                Action::WriteTail,
+                Action::Cleanup,
+                Action::Finish { complete: true },
+            ]
+        );
+    }
+
+    #[test]
+    fn a_save_of_a_stopped_guest_sends_all_once_without_log_dirty() {
+        assert_eq!(
+            run(Machine::new(false, true, false), &[], None),
+            [
+                Action::WriteHead,
+                Action::Suspend,
+                Action::SendPass { pass: 0, set: PageSet::All, last: true },
+                Action::WriteTail,
+                Action::Cleanup,
+                Action::Finish { complete: true },
+            ]
+        );
+    }
+
+    #[test]
+    fn verification_sends_everything_again_after_the_last_pass() {
+        let actions = run(Machine::new(true, false, true), &[], None);
+        let verify = actions.iter().position(|a| *a == Action::WriteVerify).unwrap();
+        assert!(matches!(actions[verify - 1], Action::SendPass { last: true, .. }));
+        assert!(matches!(
+            actions[verify + 1],
+            Action::SendPass { set: PageSet::All, last: true, .. }
+        ));
+        assert_eq!(actions[verify + 2], Action::WriteTail);
+    }
+
+    #[test]
+    fn an_event_that_answers_nothing_is_refused_and_changes_nothing() {
+        let mut machine = Machine::new(true, false, false);
+        assert!(matches!(machine.step(Event::Dirty(3)), Err(Error::Machine { .. })));
+        assert_eq!(machine.step(Event::Begin).unwrap(), Action::WriteHead);
+        assert!(matches!(machine.step(Event::Begin), Err(Error::Machine { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_it_ends_after_one_cleanup_and_says_whether_it_is_complete(
+            live: bool, hvm: bool, verify: bool,
+            dirty in prop::collection::vec(0_u64..200, 0..8),
+            fail in prop::option::of(0_usize..30),
+        ) {
+            let actions = run(Machine::new(live, hvm, verify), &dirty, fail);
+            let cleanups = actions.iter().filter(|a| **a == Action::Cleanup).count();
+            prop_assert_eq!(cleanups, 1);
+            let complete = actions.last() == Some(&Action::Finish { complete: true });
+            prop_assert_eq!(complete, actions.contains(&Action::WriteTail)
+                && fail.is_none_or(|f| f >= actions.len() - 2));
+            // The last pass happens only after the suspension, and after reading what is dirty.
+            if let Some(last) = actions.iter().position(
+                |a| matches!(a, Action::SendPass { last: true, .. })) {
+                let before = &actions[..last];
+                prop_assert!(before.contains(&Action::Suspend));
+                prop_assert_eq!(before.last() == Some(&Action::ReadDirty { last: true }), live);
+            }
+        }
+    }
+}
