@@ -7,7 +7,7 @@ use crate::hypervisor::{HvError, PolicyError};
 use crate::stream::FormatError;
 
 /// Result of the engine.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An end other than the wanted one.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +94,20 @@ pub enum GuestError {
         entry: usize,
         /// The frame in the entry.
         mfn: u64,
+    },
+    /// A page that has to be ordinary memory, and is a page table or not there.
+    #[error("the {what} (pfn {pfn}) is not ordinary memory")]
+    NotOrdinary {
+        /// What it should be.
+        what: &'static str,
+        /// Where the stream says it is.
+        pfn: Pfn,
+    },
+    /// A control register that points to something else than a top-level page table.
+    #[error("a vCPU runs on pfn {pfn}, which is not a top-level page table")]
+    NotTopTable {
+        /// Where the stream says it is.
+        pfn: Pfn,
     },
     /// A superpage in a PV page table.
     #[error(

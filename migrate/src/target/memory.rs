@@ -1,0 +1,109 @@
+//! Giving memory to the new domain, and knowing which of its pfns have some.
+//!
+//! What a pfn costs here is paid for by memory that the hypervisor gave: nothing grows for a pfn
+//! before its population has succeeded, so a stream that names absurd pfns costs nothing.
+
+use std::collections::BTreeMap;
+
+use crate::bitmap::PageBitmap;
+use crate::error::{Error, GuestError, Result};
+use crate::frame::Pfn;
+use crate::hypervisor::{BATCH_PAGES_MAX, TargetDomain};
+
+/// First pfn that a translated guest cannot have: 48 bits of guest-physical address are what
+/// four levels of nested paging translate, in pages of 2^12 bytes.
+pub(super) const HVM_PFN_END: u64 = 1 << (48 - 12);
+
+/// log2 of the pages in a 2 MiB extent.
+const EXTENT_ORDER: u32 = 9;
+/// Pages in a 2 MiB extent.
+const EXTENT_PAGES: u64 = 1 << EXTENT_ORDER;
+
+/// Which pfns of a domain have memory.
+pub(super) trait Space {
+    /// Whether extents of 2 MiB are worth asking for: a PV guest has no use for them.
+    const EXTENTS: bool;
+    /// The frame of `pfn`, if it has memory.
+    fn frame(&self, pfn: Pfn) -> Option<u64>;
+    /// Remembers that `pfn` has memory at `frame`.
+    fn set_frame(&mut self, pfn: Pfn, frame: u64) -> Result<(), GuestError>;
+}
+
+/// Populates those of `wanted` that have no memory yet, a few hypercalls for all of them: whole
+/// 2 MiB runs as one extent each where that helps, so that the guest keeps its superpages.
+pub(super) fn populate<D: TargetDomain, S: Space>(
+    domain: &D,
+    space: &mut S,
+    wanted: impl Iterator<Item = Pfn>,
+) -> Result<()> {
+    let mut missing: Vec<Pfn> = wanted.filter(|pfn| space.frame(*pfn).is_none()).collect();
+    missing.sort_unstable();
+    missing.dedup();
+    let single = if S::EXTENTS { populate_extents(domain, space, &missing)? } else { missing };
+    for pfns in single.chunks(BATCH_PAGES_MAX) {
+        let frames = domain.populate(pfns, 0)?;
+        for (pfn, frame) in pfns.iter().zip(frames) {
+            space.set_frame(*pfn, frame)?;
+        }
+    }
+    Ok(())
+}
+
+/// Populates the whole aligned 2 MiB runs of `missing`, which is sorted; the pfns that are left
+/// come back. An extent that the host cannot give as one is left, too. One extent a call: were
+/// there more, a failure could not say which of them exist.
+fn populate_extents<D: TargetDomain, S: Space>(
+    domain: &D,
+    space: &mut S,
+    missing: &[Pfn],
+) -> Result<Vec<Pfn>> {
+    let mut left = Vec::new();
+    for run in missing.chunk_by(|a, b| a.0 / EXTENT_PAGES == b.0 / EXTENT_PAGES) {
+        let whole = run.len() as u64 == EXTENT_PAGES;
+        let frames = run.first().filter(|_| whole).map(|first| domain.populate(&[*first], 9));
+        match frames {
+            Some(Ok(frames)) => {
+                let first = frames.first().copied().unwrap_or_default();
+                for (pfn, offset) in run.iter().zip(0..) {
+                    space.set_frame(*pfn, first + offset)?;
+                }
+            }
+            Some(Err(_)) | None => left.extend_from_slice(run),
+        }
+    }
+    Ok(left)
+}
+
+/// The frames of `pfns`, all of which have memory.
+pub(super) fn frames<S: Space>(space: &S, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
+    pfns.map(|pfn| space.frame(pfn).ok_or(Error::Guest(GuestError::State(NO_MEMORY)))).collect()
+}
+
+/// Why a pfn that something refers to cannot be used.
+pub(super) const NO_MEMORY: &str = "it refers to a page that has no memory";
+
+/// The populated pfns of a translated guest, where the frame is the pfn: a bitmap in pieces, for
+/// guests have memory at both ends of large holes.
+#[derive(Debug, Default)]
+pub(super) struct Populated {
+    pieces: BTreeMap<u64, PageBitmap>,
+}
+
+/// pfns in a piece: 128 MiB of guest, 4 KiB of bits.
+const PIECE_PAGES: u64 = 1 << 15;
+
+impl Space for Populated {
+    const EXTENTS: bool = true;
+
+    fn frame(&self, pfn: Pfn) -> Option<u64> {
+        let piece = self.pieces.get(&(pfn.0 / PIECE_PAGES))?;
+        piece.get(Pfn(pfn.0 % PIECE_PAGES)).then_some(pfn.0)
+    }
+
+    fn set_frame(&mut self, pfn: Pfn, _frame: u64) -> Result<(), GuestError> {
+        let piece = self.pieces.entry(pfn.0 / PIECE_PAGES);
+        let piece = piece.or_insert_with(|| PageBitmap::new(PIECE_PAGES));
+        piece.set(Pfn(pfn.0 % PIECE_PAGES));
+        Ok(())
+    }
+}

@@ -1,0 +1,162 @@
+//! Page data: from the stream into guest memory.
+//!
+//! A record is not read whole. Once its entries are known and what they need is populated, its
+//! pages go batch by batch straight into the mapped frames. Page tables make a detour through a
+//! private copy, to be localised. No mapping outlives its batch: a frame that is mapped writable
+//! cannot become a page table.
+
+use crate::error::{Error, Result};
+use crate::frame::{PAGE_SIZE, PageBuf, PageType, Pfn};
+use crate::hypervisor::{
+    Access, BATCH_PAGES_MAX, ForeignPages, LogLevel, PageSlot, StreamIn, TargetDomain, Toolstack,
+};
+use crate::stream::FormatError;
+use crate::stream::libxc::{PageEntry, RecordKind, page_data_count, page_data_entries};
+use crate::target::driver::Receiver;
+use crate::target::guest::Guest;
+
+/// Most entries in a record. One that is full of pages has fewer than 2^15, by the limit that
+/// any record has; stock puts 1024 into each.
+const ENTRIES_MAX: usize = 1 << 16;
+
+/// Lines about single pages that differ.
+const VERIFY_LINES_MAX: u64 = 10;
+
+/// What could not be done, if page data ends early.
+const PAGES: &str = "could not read page data from the stream";
+
+/// What came of comparing pages.
+#[derive(Debug, Default)]
+pub(super) struct Verification {
+    bad: u64,
+    first: Option<Pfn>,
+}
+
+impl Verification {
+    fn note<T: Toolstack>(&mut self, pfn: Pfn, toolstack: &mut T) {
+        self.bad += 1;
+        self.first = Some(self.first.map_or(pfn, |first| first.min(pfn)));
+        if self.bad <= VERIFY_LINES_MAX {
+            toolstack.log(LogLevel::Error, &format!("verify: pfn {pfn} differs"));
+        }
+    }
+
+    /// Says how many pages differed, if any did.
+    pub(super) fn report<T: Toolstack>(&self, toolstack: &mut T) {
+        if let Some(first) = self.first {
+            let error = Error::Verify { bad: self.bad, first };
+            toolstack.log(LogLevel::Error, &error.to_string());
+        }
+    }
+}
+
+impl<D, I, T, G> Receiver<'_, '_, D, I, T, G>
+where
+    D: TargetDomain,
+    I: StreamIn<D::Pages>,
+    T: Toolstack,
+    G: Guest,
+{
+    /// Reads the body of a page-data record, `length` bytes, and places its pages, or compares
+    /// them with what has been placed.
+    pub(super) fn receive_pages(&mut self, length: usize, compare: bool) -> Result<()> {
+        let entries = self.read_entries(length)?;
+        for entry in &entries {
+            self.guest.check(entry)?;
+        }
+        let needy = entries.iter().filter(|entry| entry.kind.needs_memory());
+        self.guest.populate(needy.map(|entry| entry.pfn))?;
+        for entry in &entries {
+            self.guest.set_type(entry.pfn, entry.kind);
+        }
+        let data: Vec<PageEntry> = entries.into_iter().filter(|e| e.kind.has_data()).collect();
+        // A pfn may come again in a record, and its last occurrence counts: such are kept apart,
+        // for within a batch page tables are written after all else.
+        let ascending = data.chunk_by(|a, b| a.pfn < b.pfn);
+        for batch in ascending.flat_map(|run| run.chunks(BATCH_PAGES_MAX)) {
+            if compare { self.compare(batch)? } else { self.place(batch)? }
+        }
+        Ok(())
+    }
+
+    fn read_entries(&mut self, length: usize) -> Result<Vec<PageEntry>> {
+        let short = |why| FormatError::Length { kind: RecordKind::PageData.code(), length, why };
+        if length < 8 {
+            return Err(short("shorter than its count").into());
+        }
+        let count = page_data_count(self.reader.array(PAGES)?, length)?;
+        if count > ENTRIES_MAX {
+            return Err(short("more pages than a record may have here").into());
+        }
+        Ok(page_data_entries(&self.reader.vec(8 * count, PAGES)?, length)?)
+    }
+
+    /// Reads the pages of `batch`, whose pfns differ, into the guest.
+    fn place(&mut self, batch: &[PageEntry]) -> Result<()> {
+        let frames = self.guest.frames(batch.iter().map(|entry| entry.pfn))?;
+        let pages = self.domain.map(&frames, Access::ReadWrite)?;
+        let is_table = |entry: &PageEntry| entry.kind.table_level().is_some();
+        self.make_copies(batch.iter().filter(|entry| is_table(entry)).count());
+        let mut copies = self.copies.iter_mut();
+        let slot = |(index, entry)| match is_table(entry).then(|| copies.next()).flatten() {
+            Some(copy) => PageSlot::Copied(copy),
+            None => PageSlot::Mapped(index),
+        };
+        let mut slots: Vec<PageSlot<'_>> = batch.iter().enumerate().map(slot).collect();
+        read_pages(self.reader.input, &pages, &mut slots)?;
+        self.reader.bytes += (PAGE_SIZE * batch.len()) as u64;
+
+        let mut tables: Vec<(usize, &mut PageBuf)> = Vec::new();
+        for (index, slot) in slots.into_iter().enumerate() {
+            if let PageSlot::Copied(copy) = slot {
+                tables.push((index, copy));
+            }
+        }
+        let mut copies: Vec<&mut PageBuf> =
+            tables.iter_mut().map(|(_, copy)| &mut **copy).collect();
+        self.guest.localise(&mut copies)?;
+        for (index, table) in tables {
+            pages.write_page(index, table);
+        }
+        Ok(())
+    }
+
+    /// Reads the pages of `batch` and compares them with the guest's.
+    fn compare(&mut self, batch: &[PageEntry]) -> Result<()> {
+        let frames = self.guest.frames(batch.iter().map(|entry| entry.pfn))?;
+        let pages = self.domain.map(&frames, Access::Read)?;
+        self.make_copies(batch.len());
+        let slots = self.copies.iter_mut().map(|copy| PageSlot::Copied(copy));
+        let mut slots: Vec<PageSlot<'_>> = slots.take(batch.len()).collect();
+        read_pages(self.reader.input, &pages, &mut slots)?;
+        self.reader.bytes += (PAGE_SIZE * batch.len()) as u64;
+
+        let both = batch.iter().zip(&mut self.copies);
+        let tables = both.filter(|(entry, _)| matches!(entry.kind, PageType::Table { .. }));
+        let mut tables: Vec<&mut PageBuf> = tables.map(|(_, copy)| &mut **copy).collect();
+        self.guest.localise(&mut tables)?;
+        let mut there = PageBuf::zeroed();
+        for (index, (entry, sent)) in batch.iter().zip(&self.copies).enumerate() {
+            pages.read_page(index, &mut there);
+            if there.0 != sent.0 {
+                self.verification.note(entry.pfn, self.toolstack);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees to it that there are at least `count` private copies.
+    fn make_copies(&mut self, count: usize) {
+        if count > self.copies.len() {
+            self.copies.resize_with(count, PageBuf::zeroed);
+        }
+    }
+}
+
+fn read_pages<I, P>(input: &mut I, pages: &P, slots: &mut [PageSlot<'_>]) -> Result<()>
+where
+    I: StreamIn<P>,
+    P: ForeignPages,
+{
+    input.read_pages(pages, slots).map_err(|source| Error::Stream { what: PAGES, source })
+}
