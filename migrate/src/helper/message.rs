@@ -25,7 +25,8 @@ pub(super) mod number {
 pub enum Message {
     /// A line for libxl's log.
     Log {
-        /// xentoollog's level; stock also sends levels that [`LogLevel`](crate::hypervisor::LogLevel) has no name for.
+        /// xentoollog's level; stock also sends some that have no name in
+        /// [`LogLevel`](crate::hypervisor::LogLevel).
         level: u32,
         /// What failed underneath, if anything.
         errno: Option<u32>,
