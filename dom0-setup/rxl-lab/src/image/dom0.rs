@@ -1,0 +1,272 @@
+//! A host's own Linux: root disk, kernel, initramfs, and the keys by which root moves between
+//! hosts with no question asked.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cpio::Archive;
+use crate::debian::{SUITE, first_dependency, source_lines, unpack_binary};
+use crate::process::{output, output_with_input};
+use crate::progress::step;
+use crate::store::ImageKey;
+
+pub(super) const KERNEL: &str = "vmlinuz";
+pub(super) const INITRAMFS: &str = "initramfs.cpio";
+pub(super) const ROOT_DISK: &str = "root.ext4";
+pub(super) const USER_KEY: &str = "id_ed25519";
+pub(super) const KNOWN_HOSTS: &str = "known_hosts";
+
+const KERNEL_PACKAGE: &str = "linux-image-amd64";
+const ROOT_DISK_SIZE: &str = "3G";
+
+/// Where a host keeps the kernel that its guests boot.
+pub(crate) const GUEST_KERNEL_PATH: &str = "/var/lib/rxl-lab/vmlinuz";
+
+/// Packages of a host beside the minimal system. The libraries that a Rust toolstack links or
+/// loads are named, so that they stay when a package stops depending on them.
+const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "iproute2",
+    "iputils-ping",
+    "kmod",
+    "libxencall1",
+    "libxendevicemodel1",
+    "libxenevtchn1",
+    "libxenforeignmemory1",
+    "libxengnttab1",
+    "libxenmisc4.17",
+    "libxentoollog1",
+    "openssh-client",
+    "openssh-server",
+    "procps",
+    "psmisc",
+    "qemu-system-xen",
+    "socat",
+    "strace",
+    "xen-utils-4.17",
+    "xen-utils-common",
+    "xenstore-utils",
+];
+
+/// What the initramfs must load before the root disk and the network are there.
+const INITRAMFS_MODULES: &[&str] =
+    &["virtio_pci", "virtio_blk", "virtio_net", "crc32c_generic", "ext4"];
+
+const INITRAMFS_INIT: &str = include_str!("../../recipe/initramfs-init");
+const BOOT_SCRIPT: &str = include_str!("../../recipe/rxl-lab-boot");
+const INITTAB: &str = include_str!("../../recipe/inittab");
+const SSHD_CONFIG: &str = include_str!("../../recipe/sshd_config");
+const SSH_CONFIG: &str = include_str!("../../recipe/ssh_config");
+
+pub(super) fn key() -> ImageKey {
+    let mut parts = vec![SUITE, KERNEL_PACKAGE, include_str!("dom0.rs")];
+    parts.extend([INITRAMFS_INIT, BOOT_SCRIPT, INITTAB, SSHD_CONFIG, SSH_CONFIG]);
+    ImageKey::over(parts.into_iter().map(str::as_bytes))
+}
+
+pub(super) fn build(image: &Path) -> Result<()> {
+    let scratch = tempfile::tempdir_in(image)?;
+    let root = scratch.path().join("root");
+    step("installed Debian for the hosts", || install_debian(&root))?;
+    let kernel = step("unpacked the kernel", || install_kernel(image, &root))?;
+    make_keys(image, &root)?;
+    configure(&root)?;
+    step("packed the root disk", || {
+        write_initramfs(&root.join("lib/modules").join(&kernel), &image.join(INITRAMFS))?;
+        let disk = image.join(ROOT_DISK);
+        output(Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal", "-d"]).args([
+            root.as_os_str(),
+            disk.as_os_str(),
+            ROOT_DISK_SIZE.as_ref(),
+        ]))
+    })?;
+    let listing = fs::read_to_string(root.join("var/lib/dpkg/status"))?;
+    fs::write(image.join("versions"), format!("linux {kernel}\n{}", xen_versions(&listing)))?;
+    Ok(())
+}
+
+fn install_debian(root: &Path) -> Result<()> {
+    let mut command = Command::new("mmdebstrap");
+    command
+        .args(["--quiet", "--mode=root", "--variant=minbase"])
+        .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
+        .arg("--dpkgopt=path-exclude=/usr/share/man/*")
+        .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
+        .arg(format!("--include={}", PACKAGES.join(",")))
+        .arg(SUITE)
+        .arg(root)
+        .arg("-");
+    output_with_input(&mut command, source_lines("deb")?.as_bytes())?;
+    Ok(())
+}
+
+/// Unpacks the kernel without its package scripts (they would build an initramfs that nothing
+/// uses); gives its release.
+fn install_kernel(image: &Path, root: &Path) -> Result<String> {
+    let package = first_dependency(KERNEL_PACKAGE)?;
+    let release = package
+        .strip_prefix("linux-image-")
+        .with_context(|| format!("{package} is not named as a kernel"))?
+        .to_owned();
+    let unpacked = tempfile::tempdir_in(image)?;
+    unpack_binary(&package, unpacked.path())?;
+    let kernel = unpacked.path().join(format!("boot/vmlinuz-{release}"));
+    fs::copy(&kernel, image.join(KERNEL))?;
+    write(root, GUEST_KERNEL_PATH, 0o644, &fs::read(&kernel)?)?;
+    fs::create_dir_all(root.join("lib/modules"))?;
+    fs::rename(
+        unpacked.path().join("lib/modules").join(&release),
+        root.join("lib/modules").join(&release),
+    )?;
+    output(Command::new("depmod").arg("-b").arg(root).arg(&release))?;
+    Ok(release)
+}
+
+/// One user key and one host key for the whole lab, new with each image.
+fn make_keys(image: &Path, root: &Path) -> Result<()> {
+    let generate = |path: &Path| {
+        output(
+            Command::new("ssh-keygen")
+                .args(["-q", "-t", "ed25519", "-N", "", "-C", "rxl-lab", "-f"])
+                .arg(path),
+        )
+    };
+    let user_key = image.join(USER_KEY);
+    generate(&user_key)?;
+    let user_public = fs::read(user_key.with_extension("pub"))?;
+    write(root, "/root/.ssh/id_ed25519", 0o600, &fs::read(&user_key)?)?;
+    write(root, "/root/.ssh/authorized_keys", 0o600, &user_public)?;
+
+    let host_key = root.join("etc/ssh/ssh_host_ed25519_key");
+    for kind in ["rsa", "ecdsa", "ed25519"] {
+        for suffix in ["", ".pub"] {
+            // The package made keys of its own; which kinds is not ours to know.
+            let _ = fs::remove_file(root.join(format!("etc/ssh/ssh_host_{kind}_key{suffix}")));
+        }
+    }
+    generate(&host_key)?;
+    let known = format!("* {}", fs::read_to_string(host_key.with_extension("pub"))?);
+    write(root, "/etc/ssh/ssh_known_hosts", 0o644, known.as_bytes())?;
+    fs::write(image.join(KNOWN_HOSTS), known)?;
+    Ok(())
+}
+
+fn configure(root: &Path) -> Result<()> {
+    write(root, "/usr/local/sbin/rxl-lab-boot", 0o755, BOOT_SCRIPT.as_bytes())?;
+    write(root, "/etc/inittab", 0o644, INITTAB.as_bytes())?;
+    write(root, "/etc/ssh/sshd_config", 0o644, SSHD_CONFIG.as_bytes())?;
+    write(root, "/etc/ssh/ssh_config", 0o644, SSH_CONFIG.as_bytes())?;
+    write(root, "/etc/default/xen", 0o644, b"XENCONSOLED_ARGS=\"--log=all\"\n")?;
+    symlink("/bin/busybox", root.join("sbin/init")).context("The root disk has an init")?;
+    // On a migrated guest's host the log's name differs; nothing may depend on the folder's age.
+    fs::create_dir_all(root.join("var/log/xen/console"))?;
+    Ok(())
+}
+
+fn write(root: &Path, path: &str, permissions: u32, content: &[u8]) -> Result<()> {
+    let target = root.join(path.trim_start_matches('/'));
+    if let Some(parent) = target.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::write(&target, content)?;
+    fs::set_permissions(&target, fs::Permissions::from_mode(permissions))?;
+    Ok(())
+}
+
+fn write_initramfs(modules: &Path, target: &Path) -> Result<()> {
+    let mut archive = Archive::default();
+    for dir in ["bin", "dev", "modules"] {
+        archive.directory(dir);
+    }
+    archive.character_device("dev/console", 5, 1);
+    archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox")?);
+    archive.file("init", 0o755, INITRAMFS_INIT.as_bytes());
+    let dependencies = parse_dependencies(&fs::read_to_string(modules.join("modules.dep"))?);
+    let mut order = String::new();
+    for path in load_order(&dependencies, INITRAMFS_MODULES)? {
+        let name = file_name(&path);
+        archive.file(&format!("modules/{name}"), 0o644, &fs::read(modules.join(&path))?);
+        order.push_str(name);
+        order.push('\n');
+    }
+    archive.file("modules/order", 0o644, order.as_bytes());
+    fs::write(target, archive.finish())?;
+    Ok(())
+}
+
+/// `modules.dep`: path of a module to the paths of those that it needs.
+fn parse_dependencies(text: &str) -> BTreeMap<String, Vec<String>> {
+    text.lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(path, needs)| {
+            (path.to_owned(), needs.split_ascii_whitespace().map(str::to_owned).collect())
+        })
+        .collect()
+}
+
+/// Paths of the named modules and of all that they need, each after what it needs.
+fn load_order(dependencies: &BTreeMap<String, Vec<String>>, names: &[&str]) -> Result<Vec<String>> {
+    let mut order = Vec::new();
+    for name in names {
+        let wanted = format!("{name}.ko");
+        let Some((path, needs)) = dependencies.iter().find(|(path, _)| file_name(path) == wanted)
+        else {
+            bail!("The kernel has no module {name}");
+        };
+        // modules.dep lists what a module needs in full, the deepest last.
+        for path in needs.iter().rev().chain([path]) {
+            if !order.contains(path) {
+                order.push(path.clone());
+            }
+        }
+    }
+    Ok(order)
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit_once('/').map_or(path, |(_, name)| name)
+}
+
+fn xen_versions(dpkg_status: &str) -> String {
+    let mut package = "";
+    let mut versions = String::new();
+    for line in dpkg_status.lines() {
+        if let Some(name) = line.strip_prefix("Package: ") {
+            package = name;
+        } else if let Some(version) = line.strip_prefix("Version: ")
+            && (package.starts_with("xen-utils-4") || package == "qemu-system-xen")
+        {
+            versions.push_str(&format!("{package} {version}\n"));
+        }
+    }
+    versions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_load_order_shared_dependency_comes_once_and_first() {
+        let text = "k/virtio.ko:\nk/ring.ko: k/virtio.ko\n\
+                    k/pci.ko: k/ring.ko k/virtio.ko\nk/blk.ko: k/ring.ko k/virtio.ko\n";
+        let order = load_order(&parse_dependencies(text), &["pci", "blk"]).expect("all are there");
+        assert_eq!(order, ["k/virtio.ko", "k/ring.ko", "k/pci.ko", "k/blk.ko"]);
+    }
+
+    #[test]
+    fn test_load_order_unknown_module_is_error() {
+        assert!(load_order(&parse_dependencies("a/b.ko:\n"), &["c"]).is_err());
+    }
+
+    #[test]
+    fn test_xen_versions_names_toolstack_only() {
+        let status = "Package: bash\nVersion: 5\n\nPackage: xen-utils-4.17\nVersion: 4.17.5\n";
+        assert_eq!(xen_versions(status), "xen-utils-4.17 4.17.5\n");
+    }
+}
