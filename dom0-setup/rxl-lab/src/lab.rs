@@ -72,7 +72,7 @@ impl Lab {
             bail!("No lab is up: run `dom0-setup/lab up`");
         };
         ensure!(state.is_up, "The lab did not come up, or is just being started: see `status`");
-        Ok(Self::new(store, Images::find(store)?, state.shape))
+        Ok(Self::new(store, state.images, state.shape))
     }
 
     /// Ends the lab and removes everything of it. Nothing to remove is no error.
@@ -142,7 +142,12 @@ impl Lab {
     }
 
     fn boot(store: &Store, images: Images, shape: Shape) -> Result<Self> {
-        let mut state = State { shape: shape.clone(), processes: Vec::new(), is_up: false };
+        let mut state = State {
+            shape: shape.clone(),
+            images: images.clone(),
+            processes: Vec::new(),
+            is_up: false,
+        };
         fs::create_dir_all(store.state_dir())?;
         // From here on `down` knows that there is something to remove.
         state.save(store)?;

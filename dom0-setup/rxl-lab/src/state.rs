@@ -10,6 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use crate::image::Images;
 use crate::process::ProcessId;
 use crate::store::Store;
 
@@ -38,6 +39,8 @@ impl Default for Shape {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct State {
     pub(crate) shape: Shape,
+    /// What the lab was booted from: this tree may have moved on since.
+    pub(crate) images: Images,
     /// QEMU processes in the order of hosts, as far as they were started.
     pub(crate) processes: Vec<ProcessId>,
     /// Whether `up` came to its end.

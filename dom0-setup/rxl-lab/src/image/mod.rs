@@ -16,12 +16,13 @@ mod hypervisor;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 
 use crate::debian::{ensure_machine_packages, missing_packages};
 use crate::store::Store;
 
 /// Folders of the built images.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Images {
     hypervisor: PathBuf,
     dom0: PathBuf,
