@@ -1,0 +1,224 @@
+//! How the save helper is told to stop.
+//!
+//! libxl ends a helper by SIGTERM. The sender has to clean up then (log-dirty off), so the signal
+//! must not kill it, but it must also not stay in a `write` to a peer that reads no more. The
+//! handler therefore takes the stream away: it puts a descriptor in its place that cannot be
+//! written, so that a write in progress ends with `EINTR`, as it does without `SA_RESTART`, and
+//! every later one with `EBADF`. A flag alone would leave a gap between its test and the write.
+//!
+//! `EINTR` reaches only the thread that took the signal: a process that writes the stream from
+//! several threads needs more than this.
+//!
+//! What it is not: the decision to stop. Ctrl-C on a terminal signals all processes of the group;
+//! only libxl, or `rxl`, decides, and the helper ignores the terminal's signals.
+//!
+//! # Safety
+//! A signal handler may only do what is async-signal-safe: here atomics and `dup2`, and `errno` is
+//! put back.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use rustix::fs::{Mode, OFlags};
+
+static REQUESTED: AtomicBool = AtomicBool::new(false);
+/// The stream and what takes its place; -1: none.
+static STREAM: AtomicI32 = AtomicI32::new(-1);
+static NULL: AtomicI32 = AtomicI32::new(-1);
+
+/// Whether SIGTERM came.
+#[must_use]
+pub fn requested() -> bool {
+    REQUESTED.load(Ordering::SeqCst)
+}
+
+/// From now on SIGTERM makes [`requested`] true and `stream` useless, and the terminal's signals
+/// are ignored ([`ignore_terminal`]). `stream` must stay open for the rest of the process.
+///
+/// # Errors
+/// `/dev/null` cannot be opened, or a signal not be handled.
+pub fn install(stream: BorrowedFd<'_>) -> io::Result<()> {
+    ignore_terminal()?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    // For the rest of the process: the handler may run at any time.
+    NULL.store(null.into_raw_fd(), Ordering::SeqCst);
+    STREAM.store(stream.as_raw_fd(), Ordering::SeqCst);
+    let handler: extern "C" fn(libc::c_int) = on_term;
+    set_action(libc::SIGTERM, handler as libc::sighandler_t)
+}
+
+/// Ignores SIGINT and SIGHUP, which a terminal sends to all that runs on it, and SIGPIPE, so that
+/// a peer that went away is an error of the write. For the receiver that is all there is to do:
+/// SIGTERM may kill it, because libxl destroys the domain that it was making.
+///
+/// # Errors
+/// The system's.
+pub fn ignore_terminal() -> io::Result<()> {
+    [libc::SIGINT, libc::SIGHUP, libc::SIGPIPE]
+        .into_iter()
+        .try_for_each(|signal| set_action(signal, libc::SIG_IGN))
+}
+
+extern "C" fn on_term(_signal: libc::c_int) {
+    // SAFETY: the address of this thread's `errno`, which always exists.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as above.
+    let before = unsafe { errno.read() };
+    REQUESTED.store(true, Ordering::SeqCst);
+    let (null, stream) = (NULL.load(Ordering::SeqCst), STREAM.load(Ordering::SeqCst));
+    // SAFETY: async-signal-safe; both were open when the handler was installed, and stay so.
+    unsafe { libc::dup2(null, stream) };
+    // SAFETY: as above.
+    unsafe { errno.write(before) };
+}
+
+/// Sets what `signal` does; without `SA_RESTART`.
+fn set_action(signal: libc::c_int, action: libc::sighandler_t) -> io::Result<()> {
+    // SAFETY: integers, a set and a pointer, for all of which zeros mean "none".
+    let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
+    new.sa_sigaction = action;
+    // SAFETY: `new` is complete, and `on_term` is async-signal-safe.
+    match unsafe { libc::sigaction(signal, &raw const new, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, PipeWriter, Read, pipe};
+    use std::os::fd::AsFd;
+    use std::time::{Duration, Instant};
+
+    use rxl_migrate::hypervisor::StreamOut;
+
+    use super::*;
+    use crate::xc::{FdOut, Mapping};
+
+    /// Runs `child` in a process of its own, which ends with what it returns, and then `parent`.
+    /// What is tested changes the process for good. Returns the child's wait status.
+    fn fork(child: impl FnOnce() -> io::Result<()>, parent: impl FnOnce(libc::pid_t)) -> i32 {
+        // SAFETY: the child only makes system calls and allocates, which glibc allows.
+        match unsafe { libc::fork() } {
+            0 => {
+                let code = if child().is_ok() { 0 } else { 1 };
+                // SAFETY: ends this process.
+                unsafe { libc::_exit(code) }
+            }
+            pid => {
+                assert!(pid > 0);
+                parent(pid);
+                let mut status = 0;
+                // SAFETY: our child, which nobody else waits for.
+                assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+                status
+            }
+        }
+    }
+
+    fn signal(pid: libc::pid_t, signal: libc::c_int) {
+        // SAFETY: our child, not waited for yet.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+    }
+
+    fn write(stream: &PipeWriter, length: usize) -> io::Result<()> {
+        StreamOut::<Mapping>::write_all(&mut FdOut::new(stream), &vec![7; length])
+    }
+
+    fn expect_cancelled(result: io::Result<()>) -> io::Result<()> {
+        match result {
+            Err(e) if e.raw_os_error() == Some(libc::ECANCELED) => Ok(()),
+            _ => Err(io::ErrorKind::Other.into()),
+        }
+    }
+
+    fn wait_until_full(pipe: &PipeReader) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while rustix::io::ioctl_fionread(pipe).unwrap() < 65536 {
+            assert!(Instant::now() < end, "the child does not write");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        // It may still be on its way from a full pipe to its sleep.
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    #[test]
+    fn sigterm_ends_a_write_that_nobody_reads_and_every_later_one() {
+        let (mut reader, writer) = pipe().unwrap();
+        let status = fork(
+            || {
+                install(writer.as_fd())?;
+                expect_cancelled(write(&writer, 1 << 20))?;
+                expect_cancelled(write(&writer, 1))
+            },
+            |pid| {
+                wait_until_full(&reader);
+                signal(pid, libc::SIGTERM);
+            },
+        );
+        assert_eq!(status, 0);
+        drop(writer);
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).unwrap();
+        assert_eq!(got.len(), 65536, "something was written after the signal");
+    }
+
+    #[test]
+    fn sigterm_just_before_a_write_is_not_missed() {
+        let (mut reader, writer) = pipe().unwrap();
+        let status = fork(
+            || {
+                install(writer.as_fd())?;
+                // SAFETY: to this process, whose handler is async-signal-safe.
+                unsafe { libc::raise(libc::SIGTERM) };
+                expect_cancelled(write(&writer, 1 << 20))
+            },
+            |_| {},
+        );
+        assert_eq!(status, 0);
+        drop(writer);
+        let mut got = Vec::new();
+        reader.read_to_end(&mut got).unwrap();
+        assert!(got.is_empty());
+    }
+
+    #[test]
+    fn the_terminals_signals_end_neither_process_nor_write() {
+        let (mut reader, writer) = pipe().unwrap();
+        let mut got = vec![0; 1 << 20];
+        let status = fork(
+            || {
+                install(writer.as_fd())?;
+                write(&writer, 1 << 20)
+            },
+            |pid| {
+                wait_until_full(&reader);
+                signal(pid, libc::SIGINT);
+                signal(pid, libc::SIGHUP);
+                signal(pid, libc::SIGPIPE);
+                reader.read_exact(&mut got).unwrap();
+            },
+        );
+        assert_eq!(status, 0);
+    }
+
+    #[test]
+    fn sigterm_kills_a_receiver() {
+        let (mut reader, writer) = pipe().unwrap();
+        let status = fork(
+            || {
+                ignore_terminal()?;
+                write(&writer, 1)?;
+                std::thread::sleep(Duration::from_secs(60));
+                Ok(())
+            },
+            |pid| {
+                reader.read_exact(&mut [0]).unwrap();
+                signal(pid, libc::SIGTERM);
+            },
+        );
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGTERM);
+    }
+}

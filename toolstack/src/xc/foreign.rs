@@ -1,0 +1,280 @@
+//! Guest memory mapped into this process, through libxenforeignmemory.
+//!
+//! # Safety
+//! A [`Mapping`] is memory that the guest (or Xen) may write at any moment, so no reference to it
+//! is ever made, not even for the length of a copy: it is accessed by volatile reads and writes of
+//! aligned words, or handed to the kernel by address (`stream`). Its address and size are those of
+//! one mapping that it owns and removes when dropped. Calls of the library need an open handle,
+//! which [`ForeignHandle`] is from its making to its drop; a mapping keeps its handle alive.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+#[cfg(test)]
+use rxl_migrate::frame::PAGE_SIZE;
+use rxl_migrate::frame::{PageBuf, WORDS_PER_PAGE};
+use rxl_migrate::hypervisor::{Access, ForeignPages, HvResult};
+use rxl_xen_sys::stable;
+
+use super::handle::silent_logger;
+use super::hv;
+
+const MAP: &str = "xenforeignmemory_map";
+
+/// An open handle of libxenforeignmemory.
+pub(super) struct ForeignHandle(NonNull<stable::xenforeignmemory_handle>);
+
+// SAFETY: the library keeps no state but the descriptor that it opened, on which mmap and ioctl
+// may be called by any thread.
+unsafe impl Send for ForeignHandle {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for ForeignHandle {}
+
+impl ForeignHandle {
+    pub(super) fn open() -> HvResult<Arc<ForeignHandle>> {
+        // SAFETY: the logger lives for ever; no flags.
+        let raw = unsafe { stable::xenforeignmemory_open(silent_logger(), 0) };
+        NonNull::new(raw)
+            .map(|raw| Arc::new(ForeignHandle(raw)))
+            .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))
+    }
+
+    pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
+        self.0.as_ptr()
+    }
+
+    /// Maps `frames` of `domain`, in order; a frame may occur more than once. Pages that are
+    /// paged out are waited for (the library does that).
+    ///
+    /// # Errors
+    /// The first frame's that cannot be mapped; nothing is mapped then.
+    pub(super) fn map(
+        self: &Arc<Self>,
+        domain: u32,
+        frames: &[u64],
+        access: Access,
+    ) -> HvResult<Mapping> {
+        if frames.is_empty() {
+            return Ok(Mapping { pages: None });
+        }
+        let (prot, writable) = match access {
+            Access::Read => (libc::PROT_READ, false),
+            Access::ReadWrite => (libc::PROT_READ | libc::PROT_WRITE, true),
+        };
+        let mut errors = vec![0; frames.len()];
+        // SAFETY: the handle is open; both arrays have as many entries as the count says.
+        let start = unsafe {
+            stable::xenforeignmemory_map(
+                self.raw(),
+                domain,
+                prot,
+                frames.len(),
+                frames.as_ptr(),
+                errors.as_mut_ptr(),
+            )
+        };
+        let start =
+            NonNull::new(start.cast()).ok_or_else(|| hv(MAP, io::Error::last_os_error()))?;
+        let backing = Backing::Foreign(Arc::clone(self));
+        // From here on dropping it unmaps.
+        let pages = Pages { start, count: frames.len(), writable, backing };
+        match frames.iter().zip(&errors).find(|(_, error)| **error != 0) {
+            None => Ok(Mapping { pages: Some(pages) }),
+            Some((frame, error)) => {
+                tracing::debug!(domain, frame, error, "a frame cannot be mapped");
+                // The header promises an errno; the Linux driver writes it negated.
+                Err(hv(MAP, io::Error::from_raw_os_error(error.saturating_abs())))
+            }
+        }
+    }
+}
+
+impl Drop for ForeignHandle {
+    fn drop(&mut self) {
+        // SAFETY: open, and nothing can use it any more; mappings hold an `Arc` of it.
+        unsafe { stable::xenforeignmemory_close(self.raw()) };
+    }
+}
+
+/// Guest frames in this process ([`ForeignPages`]). Unmapped when dropped. It may move to another
+/// thread but is never shared by two.
+#[derive(Debug)]
+pub struct Mapping {
+    /// `None`: no page at all, which cannot be mapped.
+    pages: Option<Pages>,
+}
+
+#[derive(Debug)]
+struct Pages {
+    start: NonNull<u64>,
+    count: usize,
+    writable: bool,
+    backing: Backing,
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread, and this is its only owner.
+unsafe impl Send for Pages {}
+
+enum Backing {
+    Foreign(Arc<ForeignHandle>),
+    /// Plain memory of this process, in place of a guest's.
+    #[cfg(test)]
+    Plain,
+}
+
+impl std::fmt::Debug for Backing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Backing")
+    }
+}
+
+impl Pages {
+    /// The first word of page `index`.
+    fn page(&self, index: usize) -> Option<NonNull<u64>> {
+        // SAFETY: within the mapping, as just tested.
+        (index < self.count).then(|| unsafe { self.start.add(index * WORDS_PER_PAGE) })
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        let result = match &self.backing {
+            // SAFETY: mapped with this handle and of this size; no reference to it exists.
+            Backing::Foreign(handle) => unsafe {
+                stable::xenforeignmemory_unmap(handle.raw(), self.start.as_ptr().cast(), self.count)
+            },
+            #[cfg(test)]
+            // SAFETY: mapped by `Mapping::plain` and of this size; no reference to it exists.
+            Backing::Plain => unsafe {
+                libc::munmap(self.start.as_ptr().cast(), self.count * PAGE_SIZE)
+            },
+        };
+        if result != 0 {
+            tracing::warn!(error = %io::Error::last_os_error(), "guest memory stays mapped");
+        }
+    }
+}
+
+impl Mapping {
+    /// Where page `index` is, for the kernel to read or write.
+    pub(super) fn address(&self, index: usize) -> io::Result<NonNull<u8>> {
+        let page = self.pages.as_ref().and_then(|pages| pages.page(index));
+        page.map(NonNull::cast).ok_or_else(|| Errno::FAULT.into())
+    }
+}
+
+impl ForeignPages for Mapping {
+    fn page_count(&self) -> usize {
+        self.pages.as_ref().map_or(0, |pages| pages.count)
+    }
+
+    fn read_page(&self, index: usize, into: &mut PageBuf) {
+        let Some(page) = self.pages.as_ref().and_then(|pages| pages.page(index)) else {
+            into.0.fill(0);
+            return;
+        };
+        for (word, to) in into.0.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            // SAFETY: within the page: a `PageBuf` has as many words as a page.
+            let from = unsafe { page.add(word) };
+            // SAFETY: mapped and aligned; volatile, because the guest may write it meanwhile.
+            *to = unsafe { from.read_volatile() }.to_ne_bytes();
+        }
+    }
+
+    fn write_page(&self, index: usize, from: &PageBuf) {
+        let Some(pages) = &self.pages else { return };
+        debug_assert!(pages.writable, "a mapping for reading is written");
+        let Some(page) = pages.page(index).filter(|_| pages.writable) else { return };
+        for (word, bytes) in from.0.as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: within the page: a `PageBuf` has as many words as a page.
+            let to = unsafe { page.add(word) };
+            // SAFETY: mapped for writing and aligned; volatile, because the guest may access it
+            // meanwhile.
+            unsafe { to.write_volatile(u64::from_ne_bytes(*bytes)) };
+        }
+    }
+
+    fn read_u64(&self, index: usize) -> u64 {
+        let page = self.pages.as_ref().and_then(|pages| pages.page(index / WORDS_PER_PAGE));
+        page.map_or(0, |page| {
+            // SAFETY: within the page, whose words are 0 to 511.
+            let word = unsafe { page.add(index % WORDS_PER_PAGE) };
+            // SAFETY: mapped and aligned; volatile, because the guest may write it meanwhile.
+            u64::from_le(unsafe { word.read_volatile() })
+        })
+    }
+}
+
+#[cfg(test)]
+impl Mapping {
+    /// Pages of a memfd in place of a guest's memory; page n is page `order[n]` of the file.
+    pub(super) fn plain(order: &[u64], writable: bool) -> Mapping {
+        use rustix::fs::MemfdFlags;
+        use std::os::fd::AsRawFd;
+
+        let file = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        let size = order.iter().max().map_or(0, |last| last + 1) * PAGE_SIZE as u64;
+        rustix::fs::ftruncate(&file, size).unwrap();
+        let prot = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
+        let length = order.len() * PAGE_SIZE;
+        let (anywhere, flags) = (std::ptr::null_mut(), libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { libc::mmap(anywhere, length, libc::PROT_NONE, flags, -1, 0) };
+        assert_ne!(start, libc::MAP_FAILED);
+        for (index, page) in order.iter().enumerate() {
+            // SAFETY: within the mapping.
+            let at = unsafe { start.byte_add(index * PAGE_SIZE) };
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            let offset = i64::try_from(*page).unwrap() * 4096;
+            // SAFETY: replaces one page of the mapping, to which there is no reference.
+            let got = unsafe { libc::mmap(at, PAGE_SIZE, prot, flags, file.as_raw_fd(), offset) };
+            assert_eq!(got, at);
+        }
+        let start = NonNull::new(start.cast()).unwrap();
+        let pages = Pages { start, count: order.len(), writable, backing: Backing::Plain };
+        Mapping { pages: Some(pages) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page whose words are `seed`, `seed + 1`, ...
+    fn pattern(seed: u64) -> Box<PageBuf> {
+        let mut page = PageBuf::zeroed();
+        page.try_map_words(|i, _| Ok::<_, ()>(seed + i as u64)).unwrap();
+        page
+    }
+
+    #[test]
+    fn what_is_written_to_a_page_is_read_from_every_place_where_it_is_mapped() {
+        let mapping = Mapping::plain(&[1, 0, 1], true);
+        mapping.write_page(0, &pattern(1000));
+        mapping.write_page(1, &pattern(7));
+        let mut got = PageBuf::zeroed();
+        mapping.read_page(2, &mut got);
+        assert!(got.0 == pattern(1000).0);
+        assert_eq!(mapping.read_u64(WORDS_PER_PAGE + 511), 7 + 511);
+    }
+
+    #[test]
+    fn past_the_end_there_are_zeros_and_nothing_is_written() {
+        let mapping = Mapping::plain(&[0, 1], true);
+        mapping.write_page(2, &pattern(1));
+        let mut got = pattern(1);
+        mapping.read_page(2, &mut got);
+        assert!(got.0 == PageBuf::zeroed().0);
+        assert_eq!(mapping.read_u64(2 * WORDS_PER_PAGE), 0);
+        assert!(mapping.address(2).is_err() && mapping.address(1).is_ok());
+    }
+
+    #[test]
+    fn no_frames_make_an_empty_mapping() {
+        let mapping = Mapping { pages: None };
+        assert_eq!((mapping.page_count(), mapping.read_u64(0)), (0, 0));
+    }
+}

@@ -1,0 +1,368 @@
+//! The stream over a file descriptor, with guest pages going to and from the kernel by address.
+//!
+//! Nothing is buffered: a read takes no byte more than was asked for, because libxl reads on from
+//! the same descriptor. [`crate::abort`] ends a transfer.
+//!
+//! # Safety
+//! `writev` and `readv` take addresses: of the private buffers and guest pages that the caller
+//! lent for the call. The kernel copes with a guest that writes a page meanwhile, and with a page
+//! that cannot be accessed (`EFAULT`).
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rxl_migrate::frame::PAGE_SIZE;
+use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
+
+use super::foreign::Mapping;
+use crate::abort;
+
+/// Most pieces that the kernel takes in one call (`IOV_MAX`).
+const PIECES_MAX: usize = 1024;
+
+/// A stream that is written to `fd`.
+#[derive(Debug)]
+pub struct FdOut<F> {
+    fd: F,
+}
+
+/// A stream that is read from `fd`.
+#[derive(Debug)]
+pub struct FdIn<F> {
+    fd: F,
+}
+
+impl<F: AsFd> FdOut<F> {
+    /// Writes to `fd`, which stays open if it is borrowed.
+    pub fn new(fd: F) -> FdOut<F> {
+        FdOut { fd }
+    }
+}
+
+impl<F: AsFd> FdIn<F> {
+    /// Reads from `fd`, which stays open if it is borrowed.
+    pub fn new(fd: F) -> FdIn<F> {
+        FdIn { fd }
+    }
+}
+
+impl<F: AsFd> StreamOut<Mapping> for FdOut<F> {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut pieces = Pieces::default();
+        pieces.push(bytes.as_ptr().cast_mut(), bytes.len());
+        // SAFETY: `bytes` is borrowed until the end of the call, and only read.
+        unsafe { transfer(self.fd.as_fd(), Direction::Write, pieces) }
+    }
+
+    fn write_pages(
+        &mut self,
+        head: &[u8],
+        pages: &Mapping,
+        pieces: &[PagePiece<'_>],
+    ) -> io::Result<()> {
+        let mut all = Pieces::default();
+        all.push(head.as_ptr().cast_mut(), head.len());
+        for piece in pieces {
+            let start = match piece {
+                PagePiece::Mapped(index) => pages.address(*index)?.as_ptr(),
+                PagePiece::Copied(page) => page.0.as_ptr().cast_mut(),
+            };
+            all.push(start, PAGE_SIZE);
+        }
+        // SAFETY: `head`, the copies and the mapping are borrowed until the end of the call; they
+        // are only read.
+        unsafe { transfer(self.fd.as_fd(), Direction::Write, all) }
+    }
+}
+
+impl<F: AsFd> StreamIn<Mapping> for FdIn<F> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let mut pieces = Pieces::default();
+        pieces.push(buf.as_mut_ptr(), buf.len());
+        // SAFETY: `buf` is borrowed exclusively until the end of the call.
+        unsafe { transfer(self.fd.as_fd(), Direction::Read, pieces) }
+    }
+
+    fn read_pages(&mut self, pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        let mut all = Pieces::default();
+        for slot in slots.iter_mut() {
+            let start = match slot {
+                PageSlot::Mapped(index) => pages.address(*index)?.as_ptr(),
+                PageSlot::Copied(page) => page.0.as_mut_ptr(),
+            };
+            all.push(start, PAGE_SIZE);
+        }
+        // SAFETY: the copies are borrowed exclusively until the end of the call, the mapping is
+        // borrowed as well, and no reference to its memory exists.
+        unsafe { transfer(self.fd.as_fd(), Direction::Read, all) }
+    }
+}
+
+/// Pieces of memory, in the order of the stream. None is empty, no two could be one.
+#[derive(Default)]
+struct Pieces(Vec<libc::iovec>);
+
+impl Pieces {
+    fn push(&mut self, start: *mut u8, length: usize) {
+        if length == 0 {
+            return;
+        }
+        match self.0.last_mut() {
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
+                last.iov_len += length;
+            }
+            _ => self.0.push(libc::iovec { iov_base: start.cast(), iov_len: length }),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
+/// Moves all of `pieces`.
+///
+/// # Safety
+/// Each piece is memory that may be read, or written for [`Direction::Read`], until this returns;
+/// no reference to what is written exists but the caller's own, which it does not use meanwhile.
+unsafe fn transfer(fd: BorrowedFd<'_>, to: Direction, mut pieces: Pieces) -> io::Result<()> {
+    let mut rest = pieces.0.as_mut_slice();
+    while !rest.is_empty() {
+        let now = rest.get(..PIECES_MAX).unwrap_or(rest);
+        // SAFETY: the caller's duty.
+        match unsafe { transfer_some(fd, to, now) } {
+            Ok(0) if to == Direction::Read => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(moved) => rest = advance(rest, moved),
+            // Whatever the error: with the descriptor taken away it would be an odd one.
+            Err(_) if abort::requested() => return Err(Errno::CANCELED.into()),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait(fd, to)?,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+/// One system call.
+///
+/// # Safety
+/// As [`transfer`].
+unsafe fn transfer_some(
+    fd: BorrowedFd<'_>,
+    to: Direction,
+    pieces: &[libc::iovec],
+) -> Result<usize, Errno> {
+    // At most `PIECES_MAX`.
+    let count = libc::c_int::try_from(pieces.len()).map_err(|_| Errno::INVAL)?;
+    let moved = match to {
+        // SAFETY: `count` pieces, each memory that may be written: the caller's duty.
+        Direction::Read => unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), count) },
+        // SAFETY: `count` pieces, each memory that may be read: the caller's duty.
+        Direction::Write => unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), count) },
+    };
+    usize::try_from(moved)
+        .map_err(|_| Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+}
+
+/// What is left of `pieces` after `moved` bytes.
+fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
+    let done = pieces
+        .iter()
+        .take_while(|piece| {
+            let whole = moved >= piece.iov_len;
+            moved -= if whole { piece.iov_len } else { 0 };
+            whole
+        })
+        .count();
+    let (_, rest) = pieces.split_at_mut(done);
+    if let Some(first) = rest.first_mut() {
+        first.iov_base = first.iov_base.wrapping_byte_add(moved);
+        first.iov_len -= moved;
+    }
+    rest
+}
+
+/// Waits until a descriptor that does not block can go on. Whoever shares it may have made it so.
+fn wait(fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
+    let flags = match to {
+        Direction::Read => PollFlags::IN,
+        Direction::Write => PollFlags::OUT,
+    };
+    match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None) {
+        // A signal: the next transfer finds out what it was.
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use proptest::prelude::*;
+    use rxl_migrate::frame::PageBuf;
+    use rxl_migrate::hypervisor::ForeignPages;
+
+    use super::*;
+
+    fn page(byte: u8) -> PageBuf {
+        PageBuf([byte; PAGE_SIZE])
+    }
+
+    /// A mapping whose page n is full of the byte n, as a guest whose memory is in no order.
+    fn numbered(count: u8) -> Mapping {
+        let mapping = Mapping::plain(&(0..u64::from(count)).rev().collect::<Vec<_>>(), true);
+        (0..count).for_each(|n| mapping.write_page(n.into(), &page(n)));
+        mapping
+    }
+
+    /// All that `write` puts into a socket whose other end is read in small pieces, so that most
+    /// writes are partial.
+    fn written(write: impl FnOnce(&mut FdOut<UnixStream>) -> io::Result<()>) -> Vec<u8> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        rustix::net::sockopt::set_socket_send_buffer_size(&ours, 4096).unwrap();
+        let reader = thread::spawn(move || {
+            let (mut all, mut piece) = (Vec::new(), [0; 1777]);
+            while let Ok(n @ 1..) = rustix::io::read(&theirs, &mut piece) {
+                all.extend_from_slice(&piece[..n]);
+            }
+            all
+        });
+        write(&mut FdOut::new(ours)).unwrap();
+        reader.join().unwrap()
+    }
+
+    #[test]
+    fn head_and_pages_go_out_in_order_even_if_they_are_more_than_one_call_takes() {
+        let mapping = numbered(3);
+        let copy = page(0xcc);
+        // Never two neighbours, so nothing is merged: 3001 pieces.
+        let one = [PagePiece::Mapped(2), PagePiece::Copied(&copy), PagePiece::Mapped(0)];
+        let pieces: Vec<_> = (0..1000).flat_map(|_| &one).map(reborrow).collect();
+        let got = written(|out| out.write_pages(b"head", &mapping, &pieces));
+        let (head, pages) = got.split_at(4);
+        assert_eq!(head, b"head");
+        assert_eq!(pages.len(), 3000 * PAGE_SIZE);
+        for (n, got) in pages.chunks(PAGE_SIZE).enumerate() {
+            assert!(got.iter().all(|byte| *byte == [2, 0xcc, 0][n % 3]), "page {n}");
+        }
+    }
+
+    fn reborrow<'a>(piece: &PagePiece<'a>) -> PagePiece<'a> {
+        match piece {
+            PagePiece::Mapped(index) => PagePiece::Mapped(*index),
+            PagePiece::Copied(page) => PagePiece::Copied(page),
+        }
+    }
+
+    #[test]
+    fn neighbouring_pages_are_one_piece() {
+        let mapping = numbered(4);
+        let mut pieces = Pieces::default();
+        for index in [0, 1, 2, 0, 3] {
+            pieces.push(mapping.address(index).unwrap().as_ptr(), PAGE_SIZE);
+        }
+        pieces.push(std::ptr::null_mut(), 0);
+        let lengths: Vec<_> = pieces.0.iter().map(|piece| piece.iov_len / PAGE_SIZE).collect();
+        assert_eq!(lengths, [3, 1, 1]);
+    }
+
+    #[test]
+    fn a_page_outside_the_mapping_is_an_error_before_anything_is_moved() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mapping = numbered(1);
+        let mut out = FdOut::new(&ours);
+        let pieces = [PagePiece::Mapped(0), PagePiece::Mapped(1)];
+        assert!(out.write_pages(b"head", &mapping, &pieces).is_err());
+        theirs.set_nonblocking(true).unwrap();
+        assert_eq!(rustix::io::read(&theirs, &mut [0; 1][..]), Err(Errno::AGAIN));
+    }
+
+    #[test]
+    fn pages_are_read_into_their_slots_and_not_a_byte_more_is_taken() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let sender = thread::spawn(move || {
+            let mut out = FdOut::new(theirs);
+            let none = numbered(1);
+            for byte in 1..=5 {
+                out.write_pages(&[], &none, &[PagePiece::Copied(&page(byte))]).unwrap();
+            }
+            StreamOut::<Mapping>::write_all(&mut out, b"rest").unwrap();
+        });
+        let mapping = numbered(6);
+        let (mut first, mut last) = (page(0), page(0));
+        let mut slots = [
+            PageSlot::Mapped(4),
+            PageSlot::Copied(&mut first),
+            PageSlot::Mapped(1),
+            PageSlot::Mapped(2),
+            PageSlot::Copied(&mut last),
+        ];
+        let mut input = FdIn::new(&ours);
+        input.read_pages(&mapping, &mut slots).unwrap();
+        assert_eq!((first.0[0], last.0[4095]), (2, 5));
+        let mut got = page(0);
+        let pages = (0..6).map(|index| {
+            mapping.read_page(index, &mut got);
+            assert!(got.0.iter().all(|byte| *byte == got.0[0]));
+            got.0[0]
+        });
+        assert_eq!(pages.collect::<Vec<_>>(), [0, 3, 4, 3, 1, 5]);
+        let mut rest = [0; 4];
+        StreamIn::<Mapping>::read_exact(&mut input, &mut rest).unwrap();
+        assert_eq!(&rest, b"rest");
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_stream_that_ends_early_is_unexpected_eof() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        rustix::io::write(&theirs, b"abc").unwrap();
+        drop(theirs);
+        let mut input = FdIn::new(ours);
+        let error = StreamIn::<Mapping>::read_exact(&mut input, &mut [0; 4]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_descriptor_that_does_not_block_is_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let sender = thread::spawn(move || {
+            thread::sleep(std::time::Duration::from_millis(50));
+            rustix::io::write(&theirs, b"late").unwrap();
+        });
+        let mut got = [0; 4];
+        StreamIn::<Mapping>::read_exact(&mut FdIn::new(ours), &mut got).unwrap();
+        assert_eq!(&got, b"late");
+        sender.join().unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn advancing_leaves_the_bytes_after_those_that_were_moved(
+            lengths in prop::collection::vec(1_usize..20, 0..12),
+            cut in 0_usize..300,
+        ) {
+            let bytes: Vec<usize> = lengths.iter().zip(1..).flat_map(|(length, piece)| {
+                (0..*length).map(move |offset| piece * 1000 + offset)
+            }).collect();
+            let mut pieces: Vec<_> = lengths.iter().zip(1..).map(|(length, piece)| libc::iovec {
+                iov_base: std::ptr::without_provenance_mut(piece * 1000),
+                iov_len: *length,
+            }).collect();
+            let moved = cut.min(bytes.len());
+            let rest: Vec<usize> = advance(&mut pieces, moved).iter().flat_map(|piece| {
+                (0..piece.iov_len).map(|offset| piece.iov_base.addr() + offset)
+            }).collect();
+            prop_assert_eq!(&rest, &bytes[moved..]);
+        }
+    }
+}
