@@ -24,6 +24,8 @@
 
 pub mod bitmap;
 pub mod error;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 pub mod frame;
 pub mod helper;
 pub mod hypervisor;

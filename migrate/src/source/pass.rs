@@ -298,13 +298,15 @@ where
         mapping.read_page(index, table);
         match self.space.normalise(level, table) {
             Ok(()) => Ok(true),
-            Err(Unfit::Superpage) => Err(GuestError::Superpage { pfn: page.pfn, level }.into()),
-            Err(Unfit::Frame { entry, mfn }) if progress.last => {
-                Err(GuestError::Table { pfn: page.pfn, level, entry, mfn }.into())
-            }
-            Err(Unfit::Frame { .. }) => {
+            // What was a table when its type was asked for may be data by now, which looks like
+            // anything, a superpage included.
+            Err(_) if !progress.last => {
                 self.put_off(page.pfn, progress);
                 Ok(false)
+            }
+            Err(Unfit::Superpage) => Err(GuestError::Superpage { pfn: page.pfn, level }.into()),
+            Err(Unfit::Frame { entry, mfn }) => {
+                Err(GuestError::Table { pfn: page.pfn, level, entry, mfn }.into())
             }
         }
     }

@@ -1,0 +1,423 @@
+//! The host as tests handle it, and the traits of [`crate::hypervisor`] on one of its domains.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::pages::FakePages;
+use super::xen::{Dom, E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Guest, Xen};
+use crate::bitmap::PageBitmap;
+use crate::frame::{DomId, INVALID_FRAME, PAGE_SHIFT, PageType, Pfn};
+use crate::hypervisor::{
+    Access, BATCH_PAGES_MAX, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
+    SHUTDOWN_SUSPEND, SourceDomain, TargetDomain, TscInfo, VcpuState,
+};
+use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, get_u64, shared_info};
+
+/// A machine with Xen. Clones are the same machine.
+#[derive(Clone)]
+pub struct Host(Arc<Mutex<Xen>>);
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Host(..)")
+    }
+}
+
+impl Host {
+    /// A machine of `frames` page frames and without domains. `seed` determines in what order
+    /// frames are handed out.
+    #[must_use]
+    pub fn new(frames: u64, seed: u64) -> Host {
+        Host(Arc::new(Mutex::new(Xen::new(frames, seed))))
+    }
+
+    /// An empty, paused domain for `pages` pages of memory and vCPUs `0..vcpus`.
+    #[must_use]
+    pub fn create(&self, hvm: bool, pages: u64, vcpus: u32) -> FakeDomain {
+        let vcpus = vec![None; vcpus as usize];
+        let domain = Dom { hvm, max_pages: pages, vcpus, ..Dom::default() };
+        let id = self.lock().create(domain);
+        FakeDomain::new(self, DomId(id))
+    }
+
+    /// Lets guests do something at every `accesses`-th call or access to their memory (0: never).
+    pub fn run_guests(&self, accesses: u64) {
+        self.lock().guests_run_every = accesses;
+    }
+
+    /// Lets the call of `op` after `succeed` more fail with `errno`, and that one only. `op` is
+    /// the name of a method of one of the traits.
+    pub fn fail(&self, op: &'static str, succeed: u64, errno: i32) {
+        self.lock().faults.push((op, succeed, errno));
+    }
+
+    /// Extents of 2 MiB are not to be had.
+    pub fn fragment(&self) {
+        self.lock().fragmented = true;
+    }
+
+    /// CPU policies are refused for this leaf.
+    pub fn refuse_leaf(&self, leaf: u32) {
+        self.lock().refused_leaf = Some(leaf);
+    }
+
+    /// Methods called so far, with the domains that they were called for.
+    #[must_use]
+    pub fn calls(&self) -> Vec<(DomId, &'static str)> {
+        self.lock().calls.iter().map(|(id, op)| (DomId(*id), *op)).collect()
+    }
+
+    /// Pages that are mapped into the toolstack now.
+    #[must_use]
+    pub fn mapped_pages(&self) -> u64 {
+        self.lock().mappings
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Xen> {
+        // A test that failed while it held the lock is not to hide its reason.
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// One domain of a [`Host`]. Clones are the same domain.
+#[derive(Clone, Debug)]
+pub struct FakeDomain {
+    pub(super) host: Host,
+    pub(super) id: DomId,
+}
+
+impl FakeDomain {
+    pub(super) fn new(host: &Host, id: DomId) -> FakeDomain {
+        FakeDomain { host: host.clone(), id }
+    }
+
+    /// Its host.
+    #[must_use]
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The guest makes ready and is suspended.
+    pub fn suspend(&self) {
+        let mut xen = self.host.lock();
+        xen.with_guest(self.id.0, |xen, guest| {
+            if let Guest::Pv(guest) = guest {
+                guest.suspend(xen);
+            }
+        });
+        xen.dom(self.id.0).shutdown = Some(SHUTDOWN_SUSPEND);
+    }
+
+    /// The device model reports what it writes, or no longer does.
+    pub fn set_qemu_log_dirty(&self, on: bool) {
+        self.host.lock().dom(self.id.0).qemu_log_dirty = on;
+    }
+
+    /// Whether log-dirty is on, in Xen or in the device model.
+    #[must_use]
+    pub fn is_logging(&self) -> bool {
+        let mut xen = self.host.lock();
+        let domain = xen.dom(self.id.0);
+        domain.dirty.is_some() || domain.qemu_log_dirty
+    }
+
+    /// Log-dirty cannot be switched on (a PCI device, no shadow paging).
+    pub fn forbid_log_dirty(&self) {
+        self.host.lock().dom(self.id.0).no_log_dirty = true;
+    }
+
+    /// The guest replaces a part of its linear p2m.
+    pub fn move_p2m(&self) {
+        let mut xen = self.host.lock();
+        let mfn = xen.dom(self.id.0).shared_info;
+        let generation = xen.word(mfn, shared_info::P2M_GENERATION / 8);
+        xen.set_word(mfn, shared_info::P2M_GENERATION / 8, generation + 1);
+    }
+
+    /// The domain's memory is limited to `pages`.
+    pub fn set_max_pages(&self, pages: u64) {
+        self.host.lock().dom(self.id.0).max_pages = pages;
+    }
+
+    /// Extents of 2 MiB that it was given.
+    #[must_use]
+    pub fn extents(&self) -> u64 {
+        self.host.lock().dom(self.id.0).extents
+    }
+
+    /// The frame behind a frame number of this domain, which is a gfn or an mfn.
+    fn machine_frame(&self, xen: &mut Xen, frame: u64) -> Errno<u64> {
+        let domain = xen.dom(self.id.0);
+        if domain.hvm { domain.physmap.get(&frame).copied().ok_or(EINVAL) } else { Ok(frame) }
+    }
+
+    /// Notes the call, lets guests run, and does what it is to do unless it is to fail.
+    fn call<T>(&self, op: &'static str, act: impl FnOnce(&mut Xen) -> Errno<T>) -> HvResult<T> {
+        let mut xen = self.host.lock();
+        xen.calls.push((self.id.0, op));
+        xen.tick();
+        let mut fault = None;
+        xen.faults.retain_mut(|(name, succeed, errno)| {
+            let due = *name == op && *succeed == 0;
+            if due {
+                fault = Some(*errno);
+            } else if *name == op {
+                *succeed -= 1;
+            }
+            !due
+        });
+        let done = match fault {
+            Some(errno) => Err(errno),
+            None if !xen.domains.contains_key(&self.id.0) => Err(ESRCH),
+            None => act(&mut xen),
+        };
+        done.map_err(|errno| HvError { op, source: io::Error::from_raw_os_error(errno) })
+    }
+}
+
+impl Domain for FakeDomain {
+    type Pages = FakePages;
+
+    fn domid(&self) -> DomId {
+        self.id
+    }
+
+    fn xen_version(&self) -> HvResult<(u32, u32)> {
+        self.call("xen_version", |_| Ok((4, 17)))
+    }
+
+    fn info(&self) -> HvResult<DomainInfo> {
+        self.call("info", |xen| {
+            let domain = xen.dom(self.id.0);
+            Ok(DomainInfo {
+                hvm: domain.hvm,
+                paused: domain.paused,
+                shutdown: domain.shutdown,
+                dying: false,
+                total_pages: domain.total_pages,
+                shared_info_mfn: domain.shared_info,
+                max_vcpu_id: (domain.vcpus.len() as u32).saturating_sub(1),
+            })
+        })
+    }
+
+    fn maximum_gpfn(&self) -> HvResult<u64> {
+        self.call("maximum_gpfn", |xen| Ok(xen.dom(self.id.0).max_gfn))
+    }
+
+    fn address_bits(&self) -> HvResult<u32> {
+        self.call("address_bits", |xen| Ok(xen.dom(self.id.0).address_bits))
+    }
+
+    fn map(&self, frames: &[u64], access: Access) -> HvResult<FakePages> {
+        self.call("map", |xen| {
+            let mfns: Errno<Vec<u64>> =
+                frames.iter().map(|frame| self.machine_frame(xen, *frame)).collect();
+            FakePages::map(&self.host, xen, self.id, mfns?, access)
+        })
+    }
+
+    fn map_m2p(&self) -> HvResult<FakePages> {
+        self.call("map_m2p", |_| Ok(FakePages::m2p(&self.host)))
+    }
+}
+
+impl SourceDomain for FakeDomain {
+    fn log_dirty_on(&self) -> HvResult<()> {
+        self.call("log_dirty_on", |xen| {
+            let domain = xen.dom(self.id.0);
+            if domain.dirty.is_some() || domain.no_log_dirty {
+                return Err(EINVAL);
+            }
+            domain.dirty = Some(Default::default());
+            Ok(())
+        })
+    }
+
+    fn log_dirty_off(&self) -> HvResult<()> {
+        self.call("log_dirty_off", |xen| {
+            xen.dom(self.id.0).dirty = None;
+            Ok(())
+        })
+    }
+
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64> {
+        self.call("log_dirty_clean", |xen| {
+            let domain = xen.dom(self.id.0);
+            let mut dirty = std::mem::take(domain.dirty.as_mut().ok_or(EINVAL)?);
+            if last {
+                dirty.extend(&domain.written_by_xen);
+            }
+            bitmap.clear_all();
+            dirty.iter().for_each(|pfn| bitmap.set(Pfn(*pfn)));
+            Ok(dirty.len() as u64)
+        })
+    }
+
+    fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {
+        self.call("page_types", |xen| {
+            if frames.len() > BATCH_PAGES_MAX {
+                return Err(E2BIG);
+            }
+            let kind = |frame: &u64| match self.machine_frame(xen, *frame) {
+                Ok(mfn) => xen.page_type(self.id.0, mfn),
+                Err(_) => PageType::Invalid,
+            };
+            Ok(frames.iter().map(kind).collect())
+        })
+    }
+
+    fn tsc_info(&self) -> HvResult<TscInfo> {
+        self.call("tsc_info", |xen| Ok(xen.dom(self.id.0).tsc))
+    }
+
+    fn cpu_policy(&self) -> HvResult<CpuPolicy> {
+        self.call("cpu_policy", |xen| Ok(xen.dom(self.id.0).policy.clone()))
+    }
+
+    fn hvm_context(&self) -> HvResult<Vec<u8>> {
+        self.call("hvm_context", |xen| Ok(xen.dom(self.id.0).context.clone()))
+    }
+
+    fn hvm_param(&self, index: u32) -> HvResult<u64> {
+        self.call("hvm_param", |xen| {
+            Ok(xen.dom(self.id.0).params.get(&index).copied().unwrap_or(0))
+        })
+    }
+
+    fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>> {
+        self.call("vcpu", |xen| xen.dom(self.id.0).vcpus.get(id as usize).cloned().ok_or(EINVAL))
+    }
+}
+
+/// Most vCPU state, HVM parameters and page tables are taken as they are: a guest of its own
+/// making could have them. What Xen refuses is refused.
+impl TargetDomain for FakeDomain {
+    fn populate(&self, pfns: &[Pfn], order: u32) -> HvResult<Vec<u64>> {
+        self.call("populate", |xen| {
+            let size = 1 << order;
+            let mut frames = Vec::new();
+            for pfn in pfns {
+                if pfn.0 % size != 0 {
+                    return Err(EINVAL);
+                }
+                // An extent exists whole or not at all.
+                if order > 0 && (xen.fragmented || xen.room(self.id.0) < size) {
+                    return Err(ENOMEM);
+                }
+                xen.dom(self.id.0).extents += u64::from(order == 9);
+                let pages = (pfn.0..pfn.0 + size).map(|pfn| populate_page(xen, self.id.0, pfn));
+                let pages: Errno<Vec<u64>> = pages.collect();
+                frames.push(pages?[0]);
+            }
+            Ok(frames)
+        })
+    }
+
+    fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), PolicyError> {
+        let refused = self.call("set_cpu_policy", |xen| {
+            let leaves = policy.leaves.as_chunks::<24>().0.iter();
+            let mut leaves = leaves.map(|leaf| get_u64(leaf, 0).unwrap_or(0));
+            let refused = leaves.find(|leaf| Some(*leaf as u32) == xen.refused_leaf);
+            xen.dom(self.id.0).policy = policy.clone();
+            Ok(refused)
+        })?;
+        match refused {
+            Some(leaf) => {
+                let (leaf, subleaf) = (leaf as u32, (leaf >> 32) as u32);
+                Err(PolicyError::Refused { leaf, subleaf, msr: u32::MAX })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn set_tsc_info(&self, tsc: &TscInfo) -> HvResult<()> {
+        self.call("set_tsc_info", |xen| {
+            xen.dom(self.id.0).tsc = *tsc;
+            Ok(())
+        })
+    }
+
+    fn set_hvm_context(&self, context: &[u8]) -> HvResult<()> {
+        self.call("set_hvm_context", |xen| {
+            xen.dom(self.id.0).context = context.to_vec();
+            Ok(())
+        })
+    }
+
+    fn set_hvm_param(&self, index: u32, value: u64) -> HvResult<()> {
+        self.call("set_hvm_param", |xen| {
+            xen.dom(self.id.0).params.insert(index, value);
+            Ok(())
+        })
+    }
+
+    fn set_address_bits(&self, bits: u32) -> HvResult<()> {
+        self.call("set_address_bits", |xen| {
+            let domain = xen.dom(self.id.0);
+            if domain.total_pages > 0 {
+                return Err(EACCES);
+            }
+            domain.address_bits = bits;
+            Ok(())
+        })
+    }
+
+    fn set_vcpu(&self, id: u32, state: &VcpuState) -> HvResult<()> {
+        self.call("set_vcpu", |xen| {
+            let exists = (id as usize) < xen.dom(self.id.0).vcpus.len();
+            if !exists || state.basic.len() != VCPU_CONTEXT_BYTES {
+                return Err(EINVAL);
+            }
+            let word = |offset| get_u64(&state.basic, offset).unwrap_or(0);
+            let gdt_frames = word(context::GDT_ENTRIES).div_ceil(context::GDT_ENTRIES_PER_FRAME);
+            for index in 0..gdt_frames as usize {
+                xen.get_gdt(self.id.0, word(context::GDT_FRAMES + 8 * index))?;
+            }
+            xen.get_table(self.id.0, word(context::CR3) >> PAGE_SHIFT, 4)?;
+            if word(context::CR1) != 0 {
+                xen.get_table(self.id.0, word(context::CR1) >> PAGE_SHIFT, 4)?;
+            }
+            xen.dom(self.id.0).vcpus[id as usize] = Some(state.clone());
+            Ok(())
+        })
+    }
+
+    fn pin_tables(&self, tables: &[(u8, u64)]) -> HvResult<()> {
+        self.call("pin_tables", |xen| {
+            tables.iter().try_for_each(|(level, mfn)| xen.pin(self.id.0, *level, *mfn))
+        })
+    }
+
+    fn seed_grants(&self, console: (u64, DomId), xenstore: (u64, DomId)) -> HvResult<()> {
+        self.call("seed_grants", |xen| {
+            for (frame, _) in [console, xenstore].into_iter().filter(|g| g.0 != INVALID_FRAME) {
+                let mfn = self.machine_frame(xen, frame)?;
+                if !xen.is_owned(self.id.0, mfn) {
+                    return Err(EINVAL);
+                }
+            }
+            let grants = [console, xenstore].map(|(frame, domid)| (frame, domid.0));
+            if xen.dom(self.id.0).grants.replace(grants).is_some() {
+                return Err(EBUSY);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Gives `pfn` memory, which it must not have yet.
+fn populate_page(xen: &mut Xen, id: u16, pfn: u64) -> Errno<u64> {
+    if xen.dom(id).physmap.contains_key(&pfn) {
+        return Err(EEXIST);
+    }
+    let mfn = xen.allocate(id)?;
+    let domain = xen.dom(id);
+    domain.physmap.insert(pfn, mfn);
+    if domain.hvm {
+        domain.max_gfn = domain.max_gfn.max(pfn);
+        return Ok(pfn);
+    }
+    xen.m2p[mfn as usize] = pfn;
+    Ok(mfn)
+}

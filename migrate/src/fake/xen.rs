@@ -1,0 +1,421 @@
+//! Frames, their types and references, and the domains that own them.
+//!
+//! A PV frame is one of: not referenced as anything; referenced as a page table of one level (by
+//! a pin, a control register or a table above); referenced as a GDT; or referenced writable (by
+//! an entry of a level 1 table or by a mapping of the toolstack). Xen's rule is that these
+//! exclude each other, and that a table's references are taken entry by entry when it is first
+//! referenced as a table and dropped with the last one.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::guest_hvm::HvmGuest;
+use super::guest_pv::PvGuest;
+use super::rng::Rng;
+use crate::frame::{INVALID_FRAME, PAGE_SHIFT, PAGE_SIZE, PageType};
+use crate::hypervisor::{CpuPolicy, TscInfo, VcpuState};
+use crate::x86::pv::PTE_FRAME_MASK;
+
+pub(super) const ESRCH: i32 = 3;
+pub(super) const E2BIG: i32 = 7;
+pub(super) const ENOMEM: i32 = 12;
+pub(super) const EACCES: i32 = 13;
+pub(super) const EBUSY: i32 = 16;
+pub(super) const EEXIST: i32 = 17;
+pub(super) const EINVAL: i32 = 22;
+
+pub(super) const PRESENT: u64 = 1;
+pub(super) const RW: u64 = 2;
+pub(super) const USER: u64 = 4;
+const SUPERPAGE: u64 = 1 << 7;
+/// Slots of a top-level table that Xen fills with its own entries.
+pub(super) const XEN_SLOTS: std::ops::Range<usize> = 256..272;
+/// A frame of Xen's own, which those entries refer to.
+const XEN_FRAME: u64 = 1;
+/// What memory holds that was somebody else's.
+const RUBBISH: u8 = 0xc2;
+
+/// An errno.
+pub(super) type Errno<T> = Result<T, i32>;
+
+pub(super) struct Frame {
+    pub(super) data: Box<[u8; PAGE_SIZE]>,
+    pub(super) owner: Option<u16>,
+    /// Xen's own memory that it shares with the owner (shared info).
+    pub(super) special: bool,
+    pub(super) broken: bool,
+    /// Mappings of the toolstack, which keep a frame from being reused.
+    mappings: u32,
+    writable: u32,
+    gdts: u32,
+    level: u8,
+    tables: u32,
+    pub(super) pinned: bool,
+}
+
+pub(super) enum Guest {
+    Pv(PvGuest),
+    Hvm(HvmGuest),
+}
+
+/// One domain. A new one is empty and paused.
+#[derive(Default)]
+pub(super) struct Dom {
+    pub(super) hvm: bool,
+    pub(super) max_pages: u64,
+    pub(super) total_pages: u64,
+    pub(super) paused: bool,
+    pub(super) shutdown: Option<u8>,
+    pub(super) shared_info: u64,
+    pub(super) address_bits: u32,
+    /// HVM: gfn to frame. A PV domain has a p2m of its own; here is what it was populated with.
+    pub(super) physmap: BTreeMap<u64, u64>,
+    pub(super) max_gfn: u64,
+    /// Extents of 2 MiB that it was given.
+    pub(super) extents: u64,
+    /// PV: pfns; HVM: gfns.
+    pub(super) dirty: Option<BTreeSet<u64>>,
+    pub(super) no_log_dirty: bool,
+    /// HVM: gfns that Xen itself writes, which are dirty whenever the last bitmap is read.
+    pub(super) written_by_xen: BTreeSet<u64>,
+    /// HVM: whether the device model reports what it writes.
+    pub(super) qemu_log_dirty: bool,
+    pub(super) vcpus: Vec<Option<VcpuState>>,
+    pub(super) params: BTreeMap<u32, u64>,
+    pub(super) context: Vec<u8>,
+    pub(super) policy: CpuPolicy,
+    pub(super) tsc: TscInfo,
+    /// Console, xenstore.
+    pub(super) grants: Option<[(u64, u16); 2]>,
+    pub(super) guest: Option<Guest>,
+}
+
+/// All of the machine.
+pub(super) struct Xen {
+    pub(super) frames: Vec<Frame>,
+    pub(super) m2p: Vec<u64>,
+    free: Vec<u64>,
+    pub(super) domains: BTreeMap<u16, Dom>,
+    /// Frames of other domains that guests may map through grants.
+    pub(super) granted: Vec<u64>,
+    pub(super) calls: Vec<(u16, &'static str)>,
+    /// Operation, calls of it that still succeed, errno.
+    pub(super) faults: Vec<(&'static str, u64, i32)>,
+    pub(super) fragmented: bool,
+    pub(super) refused_leaf: Option<u32>,
+    /// Guests do something at every so many accesses; 0: never.
+    pub(super) guests_run_every: u64,
+    accesses: u64,
+    pub(super) mappings: u64,
+}
+
+impl Xen {
+    pub(super) fn new(frames: u64, seed: u64) -> Xen {
+        let blank = |_| Frame {
+            data: Box::new([RUBBISH; PAGE_SIZE]),
+            owner: None,
+            special: false,
+            broken: false,
+            mappings: 0,
+            writable: 0,
+            gdts: 0,
+            level: 0,
+            tables: 0,
+            pinned: false,
+        };
+        // The m2p is mapped in whole pages; frames 0 and 1 are nobody's.
+        let frames = frames.next_multiple_of(512);
+        let mut free: Vec<u64> = (2..frames).collect();
+        Rng::new(seed).shuffle(&mut free);
+        let granted = free.split_off(free.len() - 4);
+        Xen {
+            frames: (0..frames).map(blank).collect(),
+            m2p: vec![INVALID_FRAME; frames as usize],
+            free,
+            domains: BTreeMap::new(),
+            granted,
+            calls: Vec::new(),
+            faults: Vec::new(),
+            fragmented: false,
+            refused_leaf: None,
+            guests_run_every: 0,
+            accesses: 0,
+            mappings: 0,
+        }
+    }
+
+    pub(super) fn create(&mut self, domain: Dom) -> u16 {
+        let id = self.domains.keys().next_back().map_or(1, |last| last + 1);
+        let shared_info = self.free.pop().expect("a free frame");
+        let frame = &mut self.frames[shared_info as usize];
+        (frame.owner, frame.special) = (Some(id), true);
+        frame.data.fill(0);
+        let blank = Dom { paused: true, address_bits: 64, shared_info, ..domain };
+        self.domains.insert(id, blank);
+        id
+    }
+
+    pub(super) fn dom(&mut self, id: u16) -> &mut Dom {
+        self.domains.get_mut(&id).expect("a domain of this host")
+    }
+
+    pub(super) fn frame(&mut self, mfn: u64) -> &mut Frame {
+        &mut self.frames[mfn as usize]
+    }
+
+    /// Whether `mfn` is memory of `id` (or shared with it by Xen).
+    pub(super) fn is_owned(&self, id: u16, mfn: u64) -> bool {
+        self.frames.get(mfn as usize).is_some_and(|frame| frame.owner == Some(id))
+    }
+
+    /// Lets the guests that run do something, now and then.
+    pub(super) fn tick(&mut self) {
+        self.accesses += 1;
+        if self.guests_run_every == 0 || !self.accesses.is_multiple_of(self.guests_run_every) {
+            return;
+        }
+        for id in self.domains.keys().copied().collect::<Vec<_>>() {
+            if self.dom(id).shutdown.is_none() {
+                self.with_guest(id, |xen, guest| match guest {
+                    Guest::Pv(guest) => guest.run(xen),
+                    Guest::Hvm(guest) => guest.run(xen),
+                });
+            }
+        }
+    }
+
+    pub(super) fn with_guest(&mut self, id: u16, act: impl FnOnce(&mut Xen, &mut Guest)) {
+        if let Some(mut guest) = self.dom(id).guest.take() {
+            act(self, &mut guest);
+            self.dom(id).guest = Some(guest);
+        }
+    }
+
+    /// Pages that `id` could still be given.
+    pub(super) fn room(&mut self, id: u16) -> u64 {
+        let domain = self.dom(id);
+        let allowed = domain.max_pages.saturating_sub(domain.total_pages);
+        allowed.min(self.free.len() as u64)
+    }
+
+    /// A frame for `id`, with rubbish in it.
+    pub(super) fn allocate(&mut self, id: u16) -> Errno<u64> {
+        if self.room(id) == 0 {
+            return Err(ENOMEM);
+        }
+        let mfn = self.free.pop().ok_or(ENOMEM)?;
+        self.dom(id).total_pages += 1;
+        let frame = self.frame(mfn);
+        frame.owner = Some(id);
+        frame.data.fill(RUBBISH);
+        Ok(mfn)
+    }
+
+    /// The owner gives `mfn` back. It is free once nobody maps it any more.
+    pub(super) fn release(&mut self, mfn: u64) {
+        let frame = self.frame(mfn);
+        assert!(frame.tables == 0 && frame.gdts == 0, "a table in use was given back");
+        let owner = frame.owner.take().expect("an owner");
+        self.dom(owner).total_pages -= 1;
+        self.free_if_unused(mfn);
+    }
+
+    fn free_if_unused(&mut self, mfn: u64) {
+        let frame = self.frame(mfn);
+        if frame.owner.is_none() && frame.mappings == 0 {
+            assert_eq!(frame.writable, 0, "a freed frame is mapped by its old owner");
+            self.m2p[mfn as usize] = INVALID_FRAME;
+            self.free.push(mfn);
+        }
+    }
+
+    /// The toolstack maps `mfn`. Of a PV guest a writable mapping counts like any other.
+    pub(super) fn map(&mut self, id: u16, mfn: u64, write: bool) -> Errno<()> {
+        if !self.is_owned(id, mfn) || self.frame(mfn).broken {
+            return Err(EINVAL);
+        }
+        if write {
+            self.get_writable(mfn)?;
+        }
+        self.frame(mfn).mappings += 1;
+        self.mappings += 1;
+        Ok(())
+    }
+
+    pub(super) fn unmap(&mut self, mfn: u64, write: bool) {
+        let frame = self.frame(mfn);
+        frame.writable -= u32::from(write);
+        frame.mappings -= 1;
+        self.mappings -= 1;
+        self.free_if_unused(mfn);
+    }
+
+    fn get_writable(&mut self, mfn: u64) -> Errno<()> {
+        let frame = self.frame(mfn);
+        if frame.tables > 0 || frame.gdts > 0 {
+            return Err(EINVAL);
+        }
+        frame.writable += 1;
+        Ok(())
+    }
+
+    pub(super) fn get_gdt(&mut self, id: u16, mfn: u64) -> Errno<()> {
+        if !self.is_owned(id, mfn) {
+            return Err(EINVAL);
+        }
+        let frame = self.frame(mfn);
+        if frame.tables > 0 || frame.writable > 0 {
+            return Err(EINVAL);
+        }
+        frame.gdts += 1;
+        Ok(())
+    }
+
+    /// References `mfn` as a table of `level`, validating it if it is the first reference.
+    pub(super) fn get_table(&mut self, id: u16, mfn: u64, level: u8) -> Errno<()> {
+        if !self.is_owned(id, mfn) || self.frame(mfn).special {
+            return Err(EINVAL);
+        }
+        let frame = self.frame(mfn);
+        if frame.tables > 0 {
+            if frame.level != level {
+                return Err(EINVAL);
+            }
+            frame.tables += 1;
+            return Ok(());
+        }
+        if frame.writable > 0 || frame.gdts > 0 {
+            return Err(EBUSY);
+        }
+        (frame.tables, frame.level) = (1, level);
+        for slot in 0..512 {
+            if let Err(errno) = self.get_entry(id, level, slot, self.word(mfn, slot)) {
+                (0..slot).for_each(|s| self.put_entry(level, s, self.word(mfn, s)));
+                self.frame(mfn).tables = 0;
+                return Err(errno);
+            }
+        }
+        if level == 4 {
+            for slot in XEN_SLOTS {
+                self.set_word(mfn, slot, XEN_FRAME << PAGE_SHIFT | PRESENT | RW);
+            }
+        }
+        self.mark_frame(id, mfn);
+        Ok(())
+    }
+
+    /// Drops a reference as a table; with the last one it is ordinary memory again.
+    pub(super) fn put_table(&mut self, mfn: u64) {
+        let frame = self.frame(mfn);
+        frame.tables -= 1;
+        if frame.tables > 0 {
+            return;
+        }
+        let (level, owner) = (frame.level, frame.owner);
+        (0..512).for_each(|slot| self.put_entry(level, slot, self.word(mfn, slot)));
+        self.mark_frame(owner.expect("an owner"), mfn);
+    }
+
+    fn get_entry(&mut self, id: u16, level: u8, slot: usize, pte: u64) -> Errno<()> {
+        if pte & PRESENT == 0 || level == 4 && XEN_SLOTS.contains(&slot) {
+            return Ok(());
+        }
+        let mfn = (pte & PTE_FRAME_MASK) >> PAGE_SHIFT;
+        if level == 1 && self.granted.contains(&mfn) {
+            return Ok(());
+        }
+        if !self.is_owned(id, mfn) {
+            return Err(EINVAL);
+        }
+        match level {
+            1 if pte & RW != 0 => self.get_writable(mfn),
+            1 => Ok(()),
+            _ if pte & SUPERPAGE != 0 => Err(EINVAL),
+            _ => self.get_table(id, mfn, level - 1),
+        }
+    }
+
+    fn put_entry(&mut self, level: u8, slot: usize, pte: u64) {
+        let mfn = (pte & PTE_FRAME_MASK) >> PAGE_SHIFT;
+        if pte & PRESENT == 0
+            || level == 4 && XEN_SLOTS.contains(&slot)
+            || level == 1 && (pte & RW == 0 || self.granted.contains(&mfn))
+        {
+            return;
+        }
+        if level == 1 {
+            self.frame(mfn).writable -= 1;
+        } else {
+            self.put_table(mfn);
+        }
+    }
+
+    pub(super) fn pin(&mut self, id: u16, level: u8, mfn: u64) -> Errno<()> {
+        if self.is_owned(id, mfn) && self.frame(mfn).pinned {
+            return Err(EINVAL);
+        }
+        self.get_table(id, mfn, level)?;
+        self.frame(mfn).pinned = true;
+        self.mark_frame(id, mfn);
+        Ok(())
+    }
+
+    pub(super) fn unpin(&mut self, id: u16, mfn: u64) {
+        self.frame(mfn).pinned = false;
+        self.mark_frame(id, mfn);
+        self.put_table(mfn);
+    }
+
+    /// The guest changes an entry of a table in use.
+    pub(super) fn update_entry(&mut self, id: u16, mfn: u64, slot: usize, pte: u64) -> Errno<()> {
+        let level = self.frame(mfn).level;
+        assert!(self.frame(mfn).tables > 0, "an update of a table that is none");
+        self.get_entry(id, level, slot, pte)?;
+        self.put_entry(level, slot, self.word(mfn, slot));
+        self.set_word(mfn, slot, pte);
+        self.mark_frame(id, mfn);
+        Ok(())
+    }
+
+    /// What `getpageframeinfo` says of a frame.
+    pub(super) fn page_type(&self, id: u16, mfn: u64) -> PageType {
+        match self.frames.get(mfn as usize).filter(|frame| frame.owner == Some(id)) {
+            None => PageType::Invalid,
+            Some(frame) if frame.special => PageType::Invalid,
+            Some(frame) if frame.broken => PageType::Broken,
+            Some(frame) if frame.tables > 0 => {
+                PageType::Table { level: frame.level, pinned: frame.pinned }
+            }
+            Some(_) => PageType::Normal,
+        }
+    }
+
+    pub(super) fn word(&self, mfn: u64, slot: usize) -> u64 {
+        u64::from_le_bytes(self.frames[mfn as usize].data[slot * 8..][..8].try_into().unwrap())
+    }
+
+    /// Writes without marking: what Xen does, or a guest that is being built.
+    pub(super) fn set_word(&mut self, mfn: u64, slot: usize, word: u64) {
+        self.frame(mfn).data[slot * 8..][..8].copy_from_slice(&word.to_le_bytes());
+    }
+
+    /// A PV guest writes a word of its own ordinary memory.
+    pub(super) fn guest_write(&mut self, id: u16, mfn: u64, slot: usize, word: u64) {
+        assert_eq!(self.frame(mfn).tables, 0, "a guest wrote to a table in use");
+        self.set_word(mfn, slot, word);
+        self.mark_frame(id, mfn);
+    }
+
+    /// Log-dirty for a frame of a PV guest: by the m2p.
+    fn mark_frame(&mut self, id: u16, mfn: u64) {
+        let pfn = self.m2p[mfn as usize];
+        if !self.dom(id).hvm && pfn != INVALID_FRAME {
+            self.mark(id, pfn);
+        }
+    }
+
+    pub(super) fn mark(&mut self, id: u16, pfn: u64) {
+        if let Some(dirty) = &mut self.dom(id).dirty {
+            dirty.insert(pfn);
+        }
+    }
+}
