@@ -64,7 +64,7 @@ const LIBXL_FUNCTIONS: &[&str] = &[
     "libxl_childproc_setmode",
     "libxl_ctx_(alloc|free)",
     "libxl_domain_config_(init|dispose|from_json|to_json)",
-    "libxl_domain_(create_new|create_restore)",
+    "libxl_domain_(core_dump|create_new|create_restore|preserve|soft_reset)",
     "libxl_domain_(destroy|pause|rename|resume|shutdown|suspend|unpause)",
     "libxl_domain_(info|need_memory|qualifier_to_domid)",
     "libxl_domain_restore_params_(init|dispose)",
@@ -78,6 +78,7 @@ const LIBXL_FUNCTIONS: &[&str] = &[
     "libxl_name_to_domid",
     "libxl_retrieve_domain_configuration",
     "libxl_set_memory_target",
+    "libxl_uuid_generate",
     "libxl_wait_for_(free_memory|memory_target)",
 ];
 

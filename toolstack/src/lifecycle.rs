@@ -8,12 +8,32 @@ use rxl_migrate::frame::DomId;
 
 /// A request that the toolstack refused.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} failed (libxl error {rc})")]
+#[error("{what} {}", outcome(*.rc))]
 pub struct LifecycleError {
     /// What was asked for, e.g. `destroying domain 5`.
     pub what: String,
     /// libxl's code (negative), e.g. -6 for an invalid argument.
     pub rc: i32,
+}
+
+/// libxl's code of an operation that a [`Lifecycle::canceller`] ended (`ERROR_ABORTED`).
+pub const CANCELLED: i32 = -22;
+
+impl LifecycleError {
+    /// Whether a [`Lifecycle::canceller`] ended it.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.rc == CANCELLED
+    }
+}
+
+fn outcome(rc: i32) -> String {
+    match rc {
+        CANCELLED => "was cancelled".to_owned(),
+        -8 => "failed: the guest did not respond in time (libxl error -8)".to_owned(),
+        -21 => "failed: there is no such domain (libxl error -21)".to_owned(),
+        rc => format!("failed (libxl error {rc})"),
+    }
 }
 
 /// Result of a request to the toolstack.
@@ -62,7 +82,13 @@ pub trait Lifecycle {
     /// # Errors
     /// libxl's; ask [`Lifecycle::state`] how the domain is.
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, debug: bool) -> Result<()>;
-    /// Ends a [`Lifecycle::save`] or [`Lifecycle::restore`] that runs on another thread.
+    /// A function that ends a [`Lifecycle::save`] or [`Lifecycle::restore`] from another thread;
+    /// that then returns [`CANCELLED`], unless it succeeds nevertheless.
+    ///
+    /// The first call ends the transfer in order, which takes as long as libxl's time limits
+    /// where it waits for the guest to suspend (60 s). A second one gives up such waits: quick,
+    /// but the device model of an HVM guest goes on logging what it writes, and the guest may
+    /// still suspend. A call while nothing runs ends the next operation before it begins.
     fn canceller(&self) -> Box<dyn Fn() + Send + Sync>;
     /// Makes a paused domain from `config` (libxl's JSON) and the libxl stream on `fd`, of which
     /// nothing is read past its end. On an error nothing is left of it.
@@ -91,7 +117,8 @@ pub trait Lifecycle {
     /// libxl's.
     fn destroy(&self, domain: DomId) -> Result<()>;
     /// Makes room for a domain of this `config`, taking memory from dom0 where the host's settings
-    /// allow it.
+    /// allow it. In that case xl's lock is held, so that nobody else takes the room, until the
+    /// next [`Lifecycle::restore`] is over.
     ///
     /// # Errors
     /// There is not enough; the text says how much there is and how much is needed.
@@ -102,11 +129,13 @@ pub trait Lifecycle {
 #[derive(Debug, thiserror::Error)]
 pub enum ShortOfMemory {
     /// The arithmetic.
-    #[error("not enough memory on this host: the guest needs {need_mib} MiB, {free_mib} MiB are free")]
+    #[error(
+        "not enough memory on this host: the guest needs {need_mib} MiB, {free_mib} MiB are free"
+    )]
     Need {
         /// What the guest takes, overhead included.
         need_mib: u64,
-        /// What is free, with what may be taken from dom0.
+        /// What is free, after what could be taken from dom0.
         free_mib: u64,
     },
     /// The host could not be asked.

@@ -1,0 +1,122 @@
+//! A domain's configuration as libxl's JSON text.
+//!
+//! libxl's `libxl_domain_config` has another layout in every release, its JSON does not: fields
+//! are added, and those that have their default value are left out. So what rxl changes or reads
+//! is changed and read here, in the text. Source: `libxl_types.idl`, `libxl_domain_config`.
+
+use rxl_migrate::frame::DomId;
+use serde_json::{Map, Value};
+
+/// A text that is not a domain's configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It is not JSON, or not an object.
+    #[error("the domain's configuration is not valid JSON")]
+    Json(#[from] serde_json::Error),
+    /// It has no `c_info` object, which every domain has.
+    #[error("the domain's configuration has no c_info")]
+    NoCreateInfo,
+}
+
+/// A configuration, of which only a few fields are looked at.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DomainConfig(Map<String, Value>);
+
+impl DomainConfig {
+    /// Takes it from libxl's JSON (a NUL at the end, as in xl's stream, does not matter).
+    ///
+    /// # Errors
+    /// [`ConfigError`].
+    pub fn parse(json: &str) -> Result<DomainConfig, ConfigError> {
+        let fields: Map<String, Value> = serde_json::from_str(json.trim_end_matches('\0'))?;
+        match fields.get("c_info") {
+            Some(Value::Object(_)) => Ok(DomainConfig(fields)),
+            _ => Err(ConfigError::NoCreateInfo),
+        }
+    }
+
+    /// The domain's name (`c_info.name`).
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.0.get("c_info")?.get("name")?.as_str()
+    }
+
+    /// Gives it another name.
+    pub fn set_name(&mut self, name: &str) {
+        self.set_create_info("name", Value::from(name));
+    }
+
+    /// Which number it is to get on the host that builds it; `None`: that host's choice.
+    pub fn set_domid(&mut self, domid: Option<DomId>) {
+        self.set_create_info("domid", Value::from(domid.map_or(0, |d| d.0)));
+    }
+
+    /// A field at the top, as text: the `on_poweroff` family.
+    pub(super) fn field(&self, name: &str) -> Option<&str> {
+        self.0.get(name)?.as_str()
+    }
+
+    /// libxl's JSON.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        Value::Object(self.0.clone()).to_string()
+    }
+
+    fn set_create_info(&mut self, field: &str, value: Value) {
+        if let Some(Value::Object(info)) = self.0.get_mut("c_info") {
+            info.insert(field.to_owned(), value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CONFIG: &str = r#"{"c_info":{"type":"pv","name":"web","domid":7,"uuid":
+        "8b1ff0b8-0000-4a5a-8a09-2d6bb3b35c9b","run_hotplug_scripts":"True"},
+        "b_info":{"max_memkb":18446744073709551615,"sched_params":{"weight":256}},
+        "on_reboot":"restart"}"#;
+
+    fn value(json: &str) -> Value {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn renaming_changes_the_name_and_nothing_else() {
+        let mut config = DomainConfig::parse(CONFIG).unwrap();
+        assert_eq!(config.name(), Some("web"));
+        config.set_name("web--\"incoming\"");
+        let mut expected = value(CONFIG);
+        expected["c_info"]["name"] = "web--\"incoming\"".into();
+        assert_eq!(value(&config.to_json()), expected);
+    }
+
+    #[test]
+    fn a_domid_is_set_and_0_means_none() {
+        let mut config = DomainConfig::parse(CONFIG).unwrap();
+        config.set_domid(Some(DomId(12)));
+        assert_eq!(value(&config.to_json())["c_info"]["domid"], 12);
+        config.set_domid(None);
+        assert_eq!(value(&config.to_json())["c_info"]["domid"], 0);
+    }
+
+    #[test]
+    fn the_nul_that_xl_sends_with_it_is_ignored() {
+        let with_nul = format!("{CONFIG}\0");
+        assert_eq!(DomainConfig::parse(&with_nul).unwrap(), DomainConfig::parse(CONFIG).unwrap());
+    }
+
+    #[test]
+    fn a_number_of_64_bits_stays_exact() {
+        let config = DomainConfig::parse(CONFIG).unwrap();
+        assert_eq!(value(&config.to_json())["b_info"]["max_memkb"], u64::MAX);
+    }
+
+    #[test]
+    fn what_is_not_a_configuration_is_refused() {
+        for text in ["", "[]", "{", "null", "{\"c_info\":7}", "{}"] {
+            assert!(DomainConfig::parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! libxl's context: loading the library, its logger, its children, and what a program must
+//! settle with it once. The calls themselves are in [`super::ffi`].
+//!
+//! The logger is libxentoollog's own, on this process's `stderr`: a logger is a table of C
+//! functions of which one takes a `va_list`, which Rust cannot implement.
+//!
+//! # Safety
+//! Everything here rests on `libxl.h` and `libxl_event.h`, and on [`Context`] owning what it
+//! points at: the library, the logger and the record of children outlive the `libxl_ctx`.
+#![allow(unsafe_code)]
+
+use std::ffi::{OsStr, c_void};
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use libloading::Library;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rxl_xen_sys::libxl as xl;
+use rxl_xen_sys::stable::{self, xentoollog_logger};
+
+use super::{LogOptions, OpenError, library};
+
+/// Names the save helper that libxl is to run (read by libxl at each save and restore).
+const SAVE_HELPER: &str = "LIBXL_SAVE_HELPER";
+
+unsafe extern "C" {
+    /// Of C's standard library; set before `main` (stdio.h).
+    static stderr: *mut libc::FILE;
+}
+
+/// libxl's context, with all that it needs to live.
+pub(super) struct Context {
+    pub(super) api: xl::Libxl,
+    ctx: NonNull<xl::libxl_ctx>,
+    logger: NonNull<xentoollog_logger>,
+    helper: Arc<HelperSlot>,
+}
+
+// SAFETY: "From the point of view of the application (ie, libxl's caller), struct libxl_ctx* is
+// threadsafe" (libxl.h, "libxl memory management"). The logger writes whole lines through stdio,
+// which locks, and is otherwise used by libxl under the context's lock.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("helper", &self.helper).finish_non_exhaustive()
+    }
+}
+
+impl Context {
+    /// Loads this host's libxl and connects to Xen.
+    pub(super) fn open(options: LogOptions) -> Result<Context, OpenError> {
+        let (api, library) = load()?;
+        let logger = create_logger(options)?;
+        let mut ctx = ptr::null_mut();
+        // SAFETY: `ctx` is written only on success; the logger is not null (libxl would crash)
+        // and is destroyed after the context.
+        let rc = unsafe {
+            api.libxl_ctx_alloc(&raw mut ctx, xl::LIBXL_VERSION.cast_signed(), 0, logger.as_ptr())
+        };
+        let Some(ctx) = NonNull::new(ctx).filter(|_| rc == 0) else {
+            // SAFETY: made above, and nothing uses it: there is no context.
+            unsafe { stable::xtl_logger_destroy(logger.as_ptr()) };
+            return Err(OpenError::NoXen { library, rc });
+        };
+        let helper = Arc::new(HelperSlot::default());
+        // SAFETY: the context is new, so it has no children; the hooks are static, and the record
+        // behind `user` is owned by the value made below, which frees the context first.
+        unsafe {
+            api.libxl_childproc_setmode(
+                ctx.as_ptr(),
+                &raw const CHILD_HOOKS,
+                Arc::as_ptr(&helper).cast::<c_void>().cast_mut(),
+            );
+        }
+        Ok(Context { api, ctx, logger, helper })
+    }
+
+    /// The pointer that calls take. It is valid as long as `self` is.
+    pub(super) fn raw(&self) -> *mut xl::libxl_ctx {
+        self.ctx.as_ptr()
+    }
+
+    /// Where the save helper of the running operation is noted.
+    pub(super) fn helper(&self) -> &HelperSlot {
+        &self.helper
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: this is the only owner and no call is under way, because calls borrow `self`.
+        unsafe { self.api.libxl_ctx_free(self.raw()) };
+        // SAFETY: the context, its only user, is gone.
+        unsafe { stable::xtl_logger_destroy(self.logger.as_ptr()) };
+    }
+}
+
+/// The first library that loads and has all functions, with its name.
+fn load() -> Result<(xl::Libxl, PathBuf), OpenError> {
+    let mut refused = Vec::new();
+    for path in library::candidates() {
+        // SAFETY: libxenlight's and its dependencies' initialisers set up nothing but their own
+        // data. (Whoever can replace it can replace this program.)
+        let found = unsafe { Library::new(&path) };
+        // SAFETY: the types of the functions are those of the headers of 4.17, and equal in all
+        // releases of `library` (see the module documentation of `libxl`).
+        let api = found.and_then(|found| unsafe { xl::Libxl::from_library(found) });
+        match api {
+            Ok(api) => return Ok((api, path)),
+            Err(e) => refused.push(format!("{}: {e}", path.display())),
+        }
+    }
+    Err(OpenError::NoLibrary { advice: library::advice(), refused })
+}
+
+fn create_logger(options: LogOptions) -> Result<NonNull<xentoollog_logger>, OpenError> {
+    // SAFETY: nobody in this process assigns `stderr`.
+    let stream = unsafe { stderr };
+    // SAFETY: the stream is open as long as the process is; destroying the logger leaves it so.
+    let logger =
+        unsafe { stable::xtl_createlogger_stdiostream(stream, options.level(), options.flags()) };
+    NonNull::new(logger.cast()).ok_or(OpenError::Logger)
+}
+
+/// SIGCHLD is libxl's, but it reaps only its own children: this program waits for its own by
+/// their pids. In libxl's other modes it would reap those too.
+static CHILD_HOOKS: xl::libxl_childproc_hooks = xl::libxl_childproc_hooks {
+    chldowner: xl::libxl_sigchld_owner_libxl_always_selective_reap,
+    fork_replacement: Some(fork_and_note),
+    reaped_callback: None,
+};
+
+/// What libxl calls for `fork`: it forks, and notes the child as the operation's save helper if
+/// it is the first one. `user` is the [`HelperSlot`].
+unsafe extern "C" fn fork_and_note(user: *mut c_void) -> libc::pid_t {
+    // SAFETY: the child returns to libxl, which only sets up descriptors and execs; nothing of
+    // this program runs in it.
+    let pid = unsafe { libc::fork() };
+    if let Some(child) = Pid::from_raw(pid).filter(|_| pid > 0) {
+        // SAFETY: `user` is what `Context::open` gave, and outlives the context that calls this.
+        let slot = unsafe { &*user.cast_const().cast::<HelperSlot>() };
+        slot.note(child);
+    }
+    pid
+}
+
+/// Which process is the save helper of the operation that runs.
+#[derive(Debug, Default)]
+pub(super) struct HelperSlot(Mutex<Helper>);
+
+#[derive(Debug, Default)]
+enum Helper {
+    /// No operation runs, or the helper cannot be told.
+    #[default]
+    Unknown,
+    /// The next child will be it: libxl forks nothing else before it in a save or restore.
+    Awaited,
+    /// A pidfd of it, which never means another process.
+    Runs(OwnedFd),
+}
+
+impl HelperSlot {
+    /// The next child is the helper.
+    pub(super) fn expect(&self) {
+        *self.lock() = Helper::Awaited;
+    }
+
+    /// The operation is over.
+    pub(super) fn forget(&self) {
+        *self.lock() = Helper::Unknown;
+    }
+
+    /// Sends the helper SIGTERM. `false`: there is none (any more, or yet).
+    pub(super) fn terminate(&self) -> bool {
+        match &*self.lock() {
+            Helper::Runs(pidfd) => pidfd_send_signal(pidfd, Signal::TERM).is_ok(),
+            Helper::Unknown | Helper::Awaited => false,
+        }
+    }
+
+    fn note(&self, child: Pid) {
+        let mut helper = self.lock();
+        if matches!(*helper, Helper::Awaited) {
+            // The child is not reaped before this returns, so the pid is still its own. A kernel
+            // without pidfds (before 5.3) leaves cancelling to libxl_ao_abort.
+            *helper = pidfd_open(child, PidfdFlags::empty()).map_or(Helper::Unknown, Helper::Runs);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Helper> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes libxl run `path` as its save helper, in this process and those that it starts.
+///
+/// # Errors
+/// Other threads run already: the environment may change only while there is one.
+pub(super) fn set_save_helper(path: &OsStr) -> io::Result<()> {
+    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        return Err(io::Error::other("the save helper has to be chosen before threads start"));
+    }
+    // SAFETY: this is the only thread, so nobody reads or writes the environment meanwhile.
+    unsafe { std::env::set_var(SAVE_HELPER, path) };
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fork_a_sleeper(slot: &HelperSlot) -> Pid {
+        let user = ptr::from_ref(slot).cast::<c_void>().cast_mut();
+        // SAFETY: `user` is a slot that lives on this stack.
+        let pid = unsafe { fork_and_note(user) };
+        if pid == 0 {
+            // SAFETY: async-signal-safe; the child does nothing else.
+            unsafe { libc::pause() };
+            // SAFETY: likewise.
+            unsafe { libc::_exit(0) };
+        }
+        Pid::from_raw(pid).unwrap()
+    }
+
+    fn end(pid: Pid) -> Option<i32> {
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
+        let options = rustix::process::WaitOptions::empty();
+        let (_, status) = rustix::process::waitpid(Some(pid), options).unwrap().unwrap();
+        status.terminating_signal()
+    }
+
+    #[test]
+    fn the_first_child_of_an_operation_gets_the_sigterm_and_later_ones_do_not() {
+        let slot = HelperSlot::default();
+        assert!(!slot.terminate());
+        slot.expect();
+        assert!(!slot.terminate());
+        let helper = fork_a_sleeper(&slot);
+        let other = fork_a_sleeper(&slot);
+        assert!(slot.terminate());
+        let options = rustix::process::WaitOptions::empty();
+        let (_, status) = rustix::process::waitpid(Some(helper), options).unwrap().unwrap();
+        assert_eq!(status.terminating_signal(), Some(Signal::TERM.as_raw()));
+        assert!(!slot.terminate(), "a reaped process cannot be signalled");
+        assert_eq!(end(other), Some(Signal::KILL.as_raw()));
+    }
+
+    #[test]
+    fn a_child_outside_an_operation_is_never_signalled() {
+        let slot = HelperSlot::default();
+        slot.expect();
+        slot.forget();
+        let child = fork_a_sleeper(&slot);
+        assert!(!slot.terminate());
+        assert_eq!(end(child), Some(Signal::KILL.as_raw()));
+    }
+
+    #[test]
+    fn the_save_helper_is_not_changed_under_other_threads() {
+        // The test harness itself runs threads.
+        let before = std::env::var_os(SAVE_HELPER);
+        let other = std::thread::spawn(std::thread::park);
+        assert!(set_save_helper(OsStr::new("/bin/false")).is_err());
+        assert_eq!(std::env::var_os(SAVE_HELPER), before);
+        other.thread().unpark();
+        other.join().unwrap();
+    }
+}
