@@ -1,9 +1,16 @@
-//! What spans rxl's crates: programs of the distribution that judge its work ([`stock`]), and
-//! the runner of everything ([`tally`], [`unit`]).
+//! What spans rxl's crates: programs of the distribution that judge its work ([`stock`]), the
+//! suites that run in the lab ([`smoke`], [`soak`], [`bad_input`]), and the runner of everything
+//! ([`tally`], [`unit`]).
 //!
 //! Tests of one crate are in that crate. `tests/run help` says what can be run.
 #![forbid(unsafe_code)]
 
+pub mod background;
+pub mod bad_input;
+pub mod census;
+pub mod lab;
+pub mod smoke;
+pub mod soak;
 pub mod stock;
 pub mod tally;
 pub mod unit;

@@ -1,0 +1,30 @@
+//! The lab test of every change: guests that write their memory are moved by rxl, and between rxl
+//! and the stock `xl`, and nothing is lost.
+
+use rxl_lab::{GuestKind, Route};
+
+use crate::lab::{Session, spec};
+use crate::tally::Tally;
+
+/// Pages that a guest rewrites per second.
+const DIRTY_PAGES_PER_S: u64 = 200;
+
+const ROUTES: [(&str, Route); 3] = [
+    ("rxl to rxl", Route::Rxl),
+    ("stock xl to rxl", Route::XlToRxl),
+    ("rxl to stock xl", Route::RxlToXl),
+];
+
+/// Moves a PV guest and a PVH guest along every route.
+pub fn run(tally: &mut Tally, session: &Session) {
+    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+        let guest = format!("smoke-{kind}");
+        let label = kind.to_string().to_uppercase();
+        let start = || session.start(&guest, kind, DIRTY_PAGES_PER_S);
+        tally.case(&format!("{label}: start ({} MiB)", spec(&guest, kind).memory_mib), start);
+        for (name, route) in ROUTES {
+            tally.case(&format!("{label}: {name}"), || session.migrate(&guest, kind, route));
+        }
+        tally.case(&format!("{label}: stop"), || session.remove(&guest));
+    }
+}
