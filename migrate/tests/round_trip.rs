@@ -2,10 +2,12 @@
 //! on another is the same guest, whatever it did meanwhile.
 
 use proptest::prelude::*;
+use rxl_migrate::error::{Error, GuestError};
 use rxl_migrate::fake::compare;
 use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Wire};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{Domain, LogLevel};
+use rxl_migrate::report::Event;
 use rxl_migrate::source::{self, save};
 use rxl_migrate::target::{Options, Outcome, restore};
 
@@ -53,6 +55,13 @@ fn moved(source: &FakeDomain, options: &source::Options, seed: u64) -> Vec<Strin
 
 const SAME: [&str; 0] = [];
 
+/// A share of the usual number of cases, for a case is a whole migration; `PROPTEST_CASES` scales
+/// it.
+fn one_in(share: u32) -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    ProptestConfig { cases: usual.cases.div_ceil(share), failure_persistence: None, ..usual }
+}
+
 #[test]
 fn a_stopped_hvm_guest_arrives_as_it_was() {
     let source = HvmSpec { pages: 1600, seed: 1 }.build(&source_host(1));
@@ -71,7 +80,7 @@ fn a_stopped_pv_guest_arrives_as_it_was() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 100, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(one_in(20))]
 
     #[test]
     fn a_running_hvm_guest_arrives_as_it_was_when_it_was_suspended(
@@ -92,5 +101,179 @@ proptest! {
         let source = PvSpec { pages, ..pv(kind, seed) }.build(&host);
         host.run_guests(every);
         prop_assert_eq!(moved(&source, &LIVE, seed), SAME);
+    }
+}
+
+#[test]
+fn an_hvm_guest_gets_superpages_where_the_host_has_them() {
+    let source = HvmSpec { pages: 2048, seed: 4 }.build(&source_host(4));
+    let mut wire = Wire::default();
+    save(&source, &mut wire, &mut FakeToolstack::new(&source), &STOPPED).unwrap();
+    // The first 2 MiB have a hole, and one page is broken.
+    let (target, _) = restored(&source, &mut wire, 4);
+    assert!(target.extents() >= 2, "{}", target.extents());
+}
+
+#[test]
+fn a_comparison_after_the_move_finds_nothing_in_a_good_copy() {
+    let options = source::Options { live: true, verify: true };
+    let host = source_host(5);
+    let source = pv(P2mKind::Linear, 5).build(&host);
+    host.run_guests(50);
+    assert_eq!(moved(&source, &options, 5), SAME);
+    let host = source_host(6);
+    let source = HvmSpec { pages: 700, seed: 6 }.build(&host);
+    host.run_guests(5);
+    assert_eq!(moved(&source, &options, 6), SAME);
+}
+
+/// A guest that runs, of either kind.
+fn running(hvm: bool, seed: u64) -> FakeDomain {
+    let host = source_host(seed);
+    let source = if hvm {
+        HvmSpec { pages: 600, seed }.build(&host)
+    } else {
+        PvSpec { pages: 800, ..pv(P2mKind::Linear, seed) }.build(&host)
+    };
+    host.run_guests(10);
+    source
+}
+
+/// Saves `source` live, which is to fail; it is to be left as a failure may leave it.
+fn failed_save(
+    source: &FakeDomain,
+    prepare: impl FnOnce(&mut FakeToolstack, &mut Wire),
+) -> (Error, bool) {
+    let (mut toolstack, mut wire) = (FakeToolstack::new(source), Wire::default());
+    prepare(&mut toolstack, &mut wire);
+    let error = save(source, &mut wire, &mut toolstack, &LIVE).expect_err("a failure");
+    assert!(!source.is_logging());
+    assert_eq!(source.host().mapped_pages(), 0);
+    (error, source.info().unwrap().shutdown.is_some())
+}
+
+#[test]
+fn a_guest_that_does_not_suspend_runs_on() {
+    for hvm in [false, true] {
+        let (error, suspended) =
+            failed_save(&running(hvm, 7), |toolstack, _| toolstack.refuses_to_suspend = true);
+        assert!(matches!(error, Error::NotSuspended), "{error}");
+        assert!(!suspended);
+    }
+}
+
+#[test]
+fn a_device_model_that_cannot_log_stops_the_save_at_its_start() {
+    let source = running(true, 8);
+    let (error, suspended) = failed_save(&source, |toolstack, _| toolstack.qemu_fails = true);
+    assert!(matches!(error, Error::Toolstack { .. }), "{error}");
+    assert!(!suspended);
+}
+
+#[test]
+fn a_guest_that_cannot_be_logged_is_not_saved_live() {
+    let source = running(false, 9);
+    source.forbid_log_dirty();
+    let (error, suspended) = failed_save(&source, |_, _| ());
+    assert!(matches!(error, Error::Hv(_)) && !suspended, "{error}");
+}
+
+#[test]
+fn a_page_table_that_cannot_be_sent_at_the_end_fails_the_save() {
+    let source = running(false, 10);
+    source.hold_grant();
+    let (error, _) = failed_save(&source, |_, _| ());
+    assert!(matches!(error, Error::Guest(GuestError::Table { level: 1, .. })), "{error}");
+}
+
+#[test]
+fn a_p2m_that_is_replaced_meanwhile_fails_the_save() {
+    let source = running(false, 11);
+    let (error, suspended) = failed_save(&source, |toolstack, _| {
+        toolstack.on_progress = Some(FakeDomain::move_p2m);
+    });
+    assert!(matches!(error, Error::Guest(GuestError::P2mMoved { .. })), "{error}");
+    assert!(!suspended);
+}
+
+/// What either end asks of the hypervisor.
+const SOURCE_CALLS: [&str; 12] = [
+    "info",
+    "maximum_gpfn",
+    "address_bits",
+    "map",
+    "map_m2p",
+    "log_dirty_on",
+    "log_dirty_clean",
+    "page_types",
+    "tsc_info",
+    "cpu_policy",
+    "hvm_param",
+    "vcpu",
+];
+const TARGET_CALLS: [&str; 12] = [
+    "info",
+    "map",
+    "map_m2p",
+    "populate",
+    "set_cpu_policy",
+    "set_tsc_info",
+    "set_hvm_context",
+    "set_hvm_param",
+    "set_vcpu",
+    "pin_tables",
+    "seed_grants",
+    "address_bits",
+];
+const EIO: i32 = 5;
+
+proptest! {
+    #![proptest_config(one_in(8))]
+
+    #[test]
+    fn whatever_fails_at_the_source_leaves_nothing_behind_or_does_not_matter(
+        seed: u64, hvm: bool,
+        call in prop::sample::select(&SOURCE_CALLS[..]), succeed in 0_u64..12,
+        breaks_at in prop::option::of(0_usize..4_000_000),
+        abort_at in prop::option::of(0_u64..60),
+    ) {
+        let source = running(hvm, seed);
+        source.host().fail(call, succeed, EIO);
+        let (mut toolstack, mut wire) = (FakeToolstack::new(&source), Wire::default());
+        (toolstack.abort_at, wire.breaks_at) = (abort_at, breaks_at);
+        let saved = save(&source, &mut wire, &mut toolstack, &LIVE);
+        source.host().heal();
+        prop_assert!(!source.is_logging());
+        prop_assert_eq!(source.host().mapped_pages(), 0);
+        match saved {
+            Ok(_) => {
+                let (target, outcome) = restored(&source, &mut wire, seed);
+                prop_assert_eq!(compare(&source, &target, &WIRING, &outcome), SAME);
+            }
+            Err(error) => {
+                let told = toolstack.heard.iter().any(|heard| {
+                    matches!(heard, Heard::Event(Event::Failed { .. }))
+                });
+                prop_assert!(told, "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_fails_at_the_target_is_an_error_or_does_not_matter(
+        seed: u64, hvm: bool,
+        call in prop::sample::select(&TARGET_CALLS[..]), succeed in 0_u64..12,
+    ) {
+        let source = running(hvm, seed);
+        let mut wire = Wire::default();
+        save(&source, &mut wire, &mut FakeToolstack::new(&source), &STOPPED).unwrap();
+        let host = Host::new(HOST_FRAMES, seed);
+        let target = host.create(hvm, 2000, 3);
+        host.fail(call, succeed, EIO);
+        let restored = restore(&target, &mut wire, &mut FakeToolstack::new(&target), &WIRING);
+        prop_assert_eq!(host.mapped_pages(), 0);
+        if let Ok(outcome) = restored {
+            prop_assert_eq!(compare(&source, &target, &WIRING, &outcome), SAME);
+        }
     }
 }

@@ -51,6 +51,11 @@ impl Host {
         self.lock().faults.push((op, succeed, errno));
     }
 
+    /// Takes back every [`Host::fail`] that has not come true.
+    pub fn heal(&self) {
+        self.lock().faults.clear();
+    }
+
     /// Extents of 2 MiB are not to be had.
     pub fn fragment(&self) {
         self.lock().fragmented = true;
@@ -134,9 +139,13 @@ impl FakeDomain {
         xen.set_word(mfn, shared_info::P2M_GENERATION / 8, generation + 1);
     }
 
-    /// The domain's memory is limited to `pages`.
-    pub fn set_max_pages(&self, pages: u64) {
-        self.host.lock().dom(self.id.0).max_pages = pages;
+    /// A PV guest maps a page of somebody else's and does not let go of it to be suspended.
+    pub fn hold_grant(&self) {
+        self.host.lock().with_guest(self.id.0, |xen, guest| {
+            if let Guest::Pv(guest) = guest {
+                guest.hold_grant(xen);
+            }
+        });
     }
 
     /// Extents of 2 MiB that it was given.

@@ -154,7 +154,7 @@ impl PvGuest {
         let leaf = self.processes[self.rng.index(self.processes.len())].leaf;
         let pfn = self.data[self.rng.index(self.data.len())];
         // Grants have slots of their own.
-        let slot = self.rng.index(500);
+        let slot = self.rng.index(499);
         let flags = [USER, USER | RW][self.rng.index(2)];
         let pte = self.mfn(pfn) << PAGE_SHIFT | PRESENT | flags;
         let pte = if self.rng.one_in(4) { 0 } else { pte };
@@ -169,6 +169,13 @@ impl PvGuest {
             self.grants.push((leaf, slot));
             self.update(xen, leaf, slot, mfn << PAGE_SHIFT | PRESENT | RW | USER);
         }
+    }
+
+    /// Maps a grant for good.
+    pub(super) fn hold_grant(&mut self, xen: &mut Xen) {
+        let mfn = xen.granted[0];
+        let leaf = self.processes[0].leaf;
+        self.update(xen, leaf, 499, mfn << PAGE_SHIFT | PRESENT | USER);
     }
 
     fn unmap_grant(&mut self, xen: &mut Xen) {

@@ -32,6 +32,8 @@ mod pages;
 mod pv_build;
 mod rng;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod toolstack;
 mod xen;
 

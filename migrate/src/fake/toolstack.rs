@@ -36,7 +36,9 @@ pub struct FakeToolstack {
     pub refuses_to_suspend: bool,
     /// The device model does not follow the request to log.
     pub qemu_fails: bool,
-    /// [`Toolstack::aborted`] is true from its so-manieth call on.
+    /// Called at each [`Toolstack::progress`].
+    pub on_progress: Option<fn(&FakeDomain)>,
+    /// [`Toolstack::aborted`] is true after so many calls.
     pub abort_at: Option<u64>,
     asked: std::cell::Cell<u64>,
 }
@@ -50,6 +52,7 @@ impl FakeToolstack {
             heard: Vec::new(),
             refuses_to_suspend: false,
             qemu_fails: false,
+            on_progress: None,
             abort_at: None,
             asked: 0.into(),
         }
@@ -93,7 +96,11 @@ impl Toolstack for FakeToolstack {
         self.heard.push(Heard::Log(level, text.to_owned()));
     }
 
-    fn progress(&mut self, _what: &str, _done: u64, _total: u64) {}
+    fn progress(&mut self, _what: &str, _done: u64, _total: u64) {
+        if let Some(act) = self.on_progress {
+            act(&self.domain);
+        }
+    }
 
     fn event(&mut self, event: &Event) {
         self.heard.push(Heard::Event(event.clone()));

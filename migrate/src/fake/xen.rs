@@ -122,14 +122,14 @@ impl Xen {
             tables: 0,
             pinned: false,
         };
-        // The m2p is mapped in whole pages; frames 0 and 1 are nobody's.
-        let frames = frames.next_multiple_of(512);
+        // Frames 0 and 1 are nobody's, and the last ones a granting domain's.
         let mut free: Vec<u64> = (2..frames).collect();
         Rng::new(seed).shuffle(&mut free);
         let granted = free.split_off(free.len() - 4);
         Xen {
             frames: (0..frames).map(blank).collect(),
-            m2p: vec![INVALID_FRAME; frames as usize],
+            // It is mapped in whole pages.
+            m2p: vec![INVALID_FRAME; frames.next_multiple_of(512) as usize],
             free,
             domains: BTreeMap::new(),
             granted,

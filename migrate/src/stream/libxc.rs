@@ -126,7 +126,7 @@ pub enum RecordKind {
 }
 
 impl RecordKind {
-    const ALL: [RecordKind; 16] = [
+    pub(crate) const ALL: [RecordKind; 16] = [
         RecordKind::End,
         RecordKind::PageData,
         RecordKind::X86PvInfo,

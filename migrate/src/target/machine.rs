@@ -310,3 +310,173 @@ impl Machine {
 fn require(good: bool, kind: RecordKind, why: &'static str) -> Result<(), FormatError> {
     if good { Ok(()) } else { Err(FormatError::Order { kind: kind.code(), why }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use RecordKind as K;
+    use proptest::prelude::*;
+
+    const PV_HEAD: [K; 3] = [K::X86PvInfo, K::X86CpuidPolicy, K::StaticDataEnd];
+
+    /// The actions that a stream of these records leads to, empty where that is possible.
+    fn run(guest: GuestKind, version: u32, kinds: &[K]) -> Result<Vec<Action>> {
+        let mut machine = Machine::new(&StreamHeader { version, guest, xen: (4, 17) });
+        let mut kinds = kinds.iter();
+        let mut actions = Vec::new();
+        let mut event = Event::Begin;
+        loop {
+            let action = machine.step(event)?;
+            event = match action {
+                Action::ReadHeader => match kinds.next() {
+                    Some(kind) => {
+                        Event::Record(RecordHeader { kind: ReadKind::Known(*kind), length: 0 })
+                    }
+                    None => return Ok(actions),
+                },
+                action => {
+                    actions.push(action);
+                    Event::Done
+                }
+            };
+            if action == Action::Complete {
+                assert_eq!(kinds.next(), None, "records after the end");
+                return Ok(actions);
+            }
+        }
+    }
+
+    fn refusal(guest: GuestKind, version: u32, kinds: &[K]) -> (u32, &'static str) {
+        match run(guest, version, kinds) {
+            Err(Error::Format(FormatError::Order { kind, why })) => (kind, why),
+            other => panic!("{kinds:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_pv_stream_of_either_version_ends_its_static_data_before_its_p2m() {
+        let body = |kind| Action::Body { kind, length: 0 };
+        let memory = [K::X86PvP2mFrames, K::PageData, K::X86TscInfo, K::SharedInfo];
+        let end = [K::X86PvVcpuBasic, K::X86PvVcpuXsave, K::End];
+        let then = [
+            Action::EndStaticData,
+            body(K::X86PvP2mFrames),
+            Action::Pages { length: 0, compare: false },
+            body(K::X86TscInfo),
+            body(K::SharedInfo),
+            body(K::X86PvVcpuBasic),
+            body(K::X86PvVcpuXsave),
+            Action::Complete,
+        ];
+        let v3 = run(GuestKind::Pv, 3, &[&PV_HEAD[..], &memory, &end].concat()).unwrap();
+        assert_eq!(v3, [&[body(K::X86PvInfo), body(K::X86CpuidPolicy)][..], &then].concat());
+        let v2 = run(GuestKind::Pv, 2, &[&[K::X86PvInfo][..], &memory, &end].concat()).unwrap();
+        assert_eq!(v2, [&[body(K::X86PvInfo)][..], &then].concat());
+    }
+
+    #[test]
+    fn an_hvm_stream_may_have_context_and_parameters_in_either_order() {
+        for state in [[K::HvmContext, K::HvmParams], [K::HvmParams, K::HvmContext]] {
+            let memory = [K::StaticDataEnd, K::PageData, K::PageData];
+            let v3 = run(GuestKind::Hvm, 3, &[&memory[..], &state, &[K::End]].concat()).unwrap();
+            let v2 = run(GuestKind::Hvm, 2, &[&memory[1..], &state, &[K::End]].concat()).unwrap();
+            assert_eq!(v3, v2);
+            assert_eq!(v3.iter().filter(|a| **a == Action::EndStaticData).count(), 1);
+        }
+    }
+
+    #[test]
+    fn pages_after_a_verify_record_are_compared() {
+        let kinds = [K::StaticDataEnd, K::PageData, K::Verify, K::PageData];
+        let actions = run(GuestKind::Hvm, 3, &kinds).unwrap();
+        let compare = |compare| Action::Pages { length: 0, compare };
+        assert_eq!(actions, [Action::EndStaticData, compare(false), compare(true)]);
+    }
+
+    #[test]
+    fn a_record_where_it_may_not_be_is_refused() {
+        use GuestKind::{Hvm, Pv};
+        let pv = |more: &[K]| [&PV_HEAD[..], more].concat();
+        let early = "comes before the end of static data";
+        for (guest, version, kinds, why) in [
+            (Hvm, 3, vec![K::PageData], early),
+            (Pv, 3, vec![K::X86PvInfo, K::X86PvP2mFrames], early),
+            (Hvm, 3, vec![K::HvmParams], early),
+            (Hvm, 2, vec![K::HvmContext], early),
+            (Pv, 2, vec![K::X86PvInfo, K::PageData], early),
+            (Hvm, 3, vec![K::StaticDataEnd, K::StaticDataEnd], "comes twice"),
+            (Hvm, 3, vec![K::X86MsrPolicy, K::X86MsrPolicy], "comes twice"),
+            (Pv, 3, vec![K::X86PvInfo, K::X86PvInfo], "comes twice"),
+            (Pv, 3, pv(&[K::X86PvInfo]), "comes after the static data"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::X86CpuidPolicy], "comes after the static data"),
+            (Pv, 3, vec![K::StaticDataEnd, K::X86PvP2mFrames], "comes before X86_PV_INFO"),
+            (Pv, 2, vec![K::X86PvP2mFrames], "comes before X86_PV_INFO"),
+            (Pv, 3, pv(&[K::PageData]), "comes before X86_PV_P2M_FRAMES"),
+            (Pv, 3, pv(&[K::X86PvVcpuBasic]), "comes before the memory"),
+            (Pv, 3, pv(&[K::X86PvP2mFrames, K::SharedInfo, K::PageData]), "comes after the state"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::HvmContext, K::Verify], "comes after the state"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::PageData, K::End], "comes before the state"),
+            (Hvm, 3, vec![K::End], "comes before the state"),
+            (Hvm, 3, vec![K::X86PvInfo], "is for PV guests only"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::SharedInfo], "is for PV guests only"),
+            (Pv, 3, pv(&[K::HvmContext]), "is for HVM guests only"),
+        ] {
+            let last = kinds.last().unwrap().code();
+            assert_eq!(refusal(guest, version, &kinds), (last, why), "{guest:?} {kinds:?}");
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_for_its_kind_is_refused_before_it_is_read() {
+        for kind in RecordKind::ALL {
+            let guest = match kind {
+                K::HvmContext | K::HvmParams => GuestKind::Hvm,
+                _ => GuestKind::Pv,
+            };
+            let mut machine = Machine::new(&StreamHeader { version: 3, guest, xen: (4, 17) });
+            machine.step(Event::Begin).unwrap();
+            let header = RecordHeader { kind: ReadKind::Known(kind), length: (128 << 20) - 7 };
+            let refused = machine.step(Event::Record(header));
+            let too_long = matches!(refused, Err(Error::Format(FormatError::Length { .. })));
+            assert_eq!(too_long, kind != K::PageData, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn an_event_that_answers_nothing_is_refused() {
+        let header = StreamHeader { version: 3, guest: GuestKind::Hvm, xen: (4, 17) };
+        let mut machine = Machine::new(&header);
+        assert!(matches!(machine.step(Event::Done), Err(Error::Machine { .. })));
+        assert_eq!(machine.step(Event::Begin).unwrap(), Action::ReadHeader);
+        assert!(matches!(machine.step(Event::Begin), Err(Error::Machine { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn in_any_stream_the_static_data_end_once_and_before_all_memory(
+            hvm: bool, version in 2_u32..=3,
+            kinds in prop::collection::vec(prop::sample::select(&RecordKind::ALL[..]), 0..12),
+        ) {
+            // The property is about what is let through, so what is refused is left out.
+            let guest = if hvm { GuestKind::Hvm } else { GuestKind::Pv };
+            let mut good = Vec::new();
+            for kind in kinds {
+                good.push(kind);
+                if run(guest, version, &good).is_err() {
+                    good.pop();
+                } else if kind == K::End {
+                    break;
+                }
+            }
+            let actions = run(guest, version, &good).unwrap();
+            let end = actions.iter().position(|a| *a == Action::EndStaticData);
+            let ends = actions.iter().filter(|a| **a == Action::EndStaticData).count();
+            prop_assert_eq!(ends, usize::from(end.is_some()));
+            for (index, action) in actions.iter().enumerate() {
+                let of_memory = matches!(action, Action::Pages { .. } | Action::Complete)
+                    || matches!(action, Action::Body { kind: K::X86PvP2mFrames, .. });
+                prop_assert!(!of_memory || end.is_some_and(|end| end < index));
+            }
+        }
+    }
+}

@@ -21,4 +21,7 @@ mod pages;
 mod pv;
 mod vcpu;
 
+#[cfg(test)]
+mod tests;
+
 pub use driver::{Options, Outcome, restore};
