@@ -3,9 +3,11 @@
 //! [`xc`] implements `rxl_migrate::hypervisor` with the stable Xen libraries; [`libxl`] implements
 //! [`lifecycle`] with the host's libxl, loaded at run time; [`save_helper`] is what libxl runs to
 //! move a stream, and [`abort`] how that is stopped. The only `unsafe` outside `xen-sys` is in
-//! `xc`, `libxl` and `abort`, in modules that allow it by name and say why.
+//! `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name and say why.
 #![deny(unsafe_code)]
 
 pub mod abort;
+pub mod inherit;
+pub mod libxl;
 pub mod lifecycle;
 pub mod xc;
