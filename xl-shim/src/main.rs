@@ -1,2 +1,124 @@
-//! Placeholder.
-fn main() {}
+//! `rxl`: moves running Xen guests between hosts; a drop-in for `xl migrate`.
+//!
+//! One program under several names and verbs:
+//!
+//! - `rxl migrate`, `rxl migrate-receive`: the two ends of a migration ([`migrate`], [`receive`]);
+//! - libxl's save helper, which moves the memory ([`save_helper`]);
+//! - processes that those start: [`guard`], [`monitor`];
+//! - every other verb is the real `xl`'s ([`passthrough`]).
+//!
+//! What it is not: it holds no algorithm. What may follow what is decided by
+//! [`rxl_migrate::xl::handshake`], how memory moves by [`rxl_migrate`], and what a domain is by
+//! libxl behind [`rxl_toolstack::lifecycle`].
+#![forbid(unsafe_code)]
+
+mod channel;
+mod cli;
+mod events;
+#[cfg(test)]
+mod fake;
+mod gate;
+mod guard;
+mod host;
+mod migrate;
+mod monitor;
+mod output;
+#[cfg(test)]
+mod pair_tests;
+mod passthrough;
+mod receive;
+mod report;
+mod resume;
+mod save_helper;
+mod timeline;
+mod transport;
+
+use std::env;
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+use cli::{Cli, Parsed, Verb};
+use tracing_subscriber::EnvFilter;
+
+/// All exit codes. 0, 1 and 2 are `xl`'s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    /// Done; for `migrate`: the domain runs at the target.
+    Success = 0,
+    /// It failed; standard error says what became of the domain.
+    Failed = 1,
+    /// The command line is wrong.
+    Usage = 2,
+    /// `migrate`: a signal came while it could still be cancelled, and the domain runs on here.
+    /// As a shell reports a program that Ctrl-C ended.
+    Cancelled = 130,
+}
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = env::args_os().collect();
+    let exit = run(&args).unwrap_or_else(|error| {
+        output::stderr(&format!("rxl: {error:#}"));
+        Exit::Failed
+    });
+    ExitCode::from(exit as u8)
+}
+
+fn run(args: &[OsString]) -> anyhow::Result<Exit> {
+    let program = args
+        .first()
+        .and_then(|path| Path::new(path).file_name())
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
+    if save_helper::is_meant(args, &program) {
+        init_log(0);
+        return save_helper::run(args);
+    }
+    match cli::parse(args, program == "xl") {
+        Parsed::Own(cli) => run_verb(&cli),
+        Parsed::Xl => Err(passthrough::exec_xl(args.get(1..).unwrap_or_default())),
+        Parsed::Text(text) => {
+            output::stdout(&text);
+            Ok(Exit::Success)
+        }
+        Parsed::Usage(text) => {
+            output::stderr(text.trim_end());
+            Ok(Exit::Usage)
+        }
+    }
+}
+
+fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
+    let globals = &cli.globals;
+    init_log(globals.verbose);
+    if globals.dry_run {
+        anyhow::bail!("command does not implement -N (dryrun) option");
+    }
+    match &cli.verb {
+        Verb::Migrate(args) => migrate::run(globals, args),
+        Verb::MigrateReceive(args) => receive::run(globals, args),
+        Verb::Resume { domain } => resume::run(globals, domain),
+        Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
+        Verb::DomainGuard { side, name, domid } => guard::run(globals, *side, name, *domid),
+        Verb::Completions { shell } => {
+            output::stdout(&cli::completions(*shell));
+            Ok(Exit::Success)
+        }
+        Verb::Man => {
+            output::stdout(&cli::man()?);
+            Ok(Exit::Success)
+        }
+    }
+}
+
+/// Diagnostics of rxl's own, by `RXL_LOG` or `-v`; libxl has a log of its own.
+fn init_log(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_env("RXL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}

@@ -1,0 +1,263 @@
+//! The command line: rxl's own verbs, and which command lines are not rxl's.
+//!
+//! Options, defaults and exit codes are `xl`'s, so that scripts need no change; what `xl` does
+//! not have is marked in the help. Whatever comes with a verb that is not listed here belongs to
+//! the real `xl`, untouched.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
+
+/// Moves running Xen guests to other hosts
+///
+/// rxl has the verbs below. Every other verb is xl's: `rxl VERB …` runs the host's real xl with
+/// the same arguments.
+#[derive(Debug, Parser)]
+#[command(name = "rxl", version, disable_help_subcommand = true, max_term_width = 100)]
+#[command(override_usage = "rxl [-vfNtT] VERB [ARGUMENTS]")]
+#[command(after_help = "Environment: RXL_XL names the real xl.")]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) globals: Globals,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// `xl`'s options before the verb.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Globals {
+    /// Say more; may be repeated
+    #[arg(short, action = ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+    /// As in xl; rxl's verbs ask for no force
+    #[arg(short)]
+    pub(crate) force: bool,
+    /// Show progress with carriage returns instead of line by line
+    #[arg(short = 't')]
+    pub(crate) progress_cr: bool,
+    /// Begin each line of libxl's log with the time
+    #[arg(short = 'T')]
+    pub(crate) timestamps: bool,
+    /// As in xl; refused, because rxl's verbs have no dry run
+    #[arg(short = 'N')]
+    pub(crate) dry_run: bool,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Move a running domain to another host
+    Migrate(MigrateArgs),
+    /// Receive a domain from `rxl migrate` or `xl migrate` on standard input
+    ///
+    /// Started on the target by the sender. Standard output is the channel back to it.
+    #[command(name = "migrate-receive")]
+    MigrateReceive(ReceiveArgs),
+    /// Let a domain run on that is suspended after a migration of which nobody knows how it ended
+    ///
+    /// Only after a look at the target: if the domain runs there it must not run here too.
+    Resume {
+        /// Name (also NAME--migratedaway, which becomes NAME again) or number
+        #[arg(value_name = "DOM")]
+        domain: String,
+    },
+    /// Print a script that completes rxl's command line in SHELL
+    Completions {
+        /// The shell
+        #[arg(value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+    /// Wait for a domain's end and do what its configuration says (run by migrate-receive)
+    #[command(name = "domain-monitor", hide = true)]
+    DomainMonitor {
+        /// Number
+        domid: u16,
+    },
+    /// Put things right if the migration it belongs to is killed (run by migrate and by
+    /// migrate-receive)
+    #[command(name = "domain-guard", hide = true)]
+    DomainGuard {
+        /// Which end it belongs to
+        #[arg(value_enum)]
+        side: crate::guard::Side,
+        /// Name of the domain
+        name: String,
+        /// Number, at the source
+        domid: Option<u16>,
+    },
+}
+
+/// Options of `migrate`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct MigrateArgs {
+    /// Domain: name or number
+    #[arg(value_name = "DOM")]
+    pub(crate) domain: String,
+    /// Target host; with an empty `-s`, the whole shell command that reaches a receiver
+    #[arg(value_name = "HOST")]
+    pub(crate) host: String,
+    /// Command that runs a program on the target
+    #[arg(short = 's', value_name = "SSH", default_value = "ssh")]
+    pub(crate) ssh: String,
+    /// No monitoring process at the target: nobody acts when the guest reboots or ends
+    #[arg(short = 'e')]
+    pub(crate) no_monitor: bool,
+    /// The same as -e
+    #[arg(short = 'F')]
+    pub(crate) foreground: bool,
+    /// Use this configuration (xl.cfg) at the target; the guest keeps its name and UUID
+    #[arg(short = 'C', value_name = "CFG")]
+    pub(crate) config: Option<String>,
+    /// Leave the domain paused at the target
+    #[arg(short = 'p')]
+    pub(crate) paused: bool,
+    /// Keep the domain's number at the target
+    #[arg(short = 'D')]
+    pub(crate) preserve_domid: bool,
+    /// Send all memory again at the end and compare it at the target (lengthens the pause)
+    #[arg(long)]
+    pub(crate) debug: bool,
+    /// Ignored: migration is always live
+    #[arg(long, hide = true)]
+    pub(crate) live: bool,
+    /// Write a report as JSON to FILE, also when the migration fails [not in xl]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Program at the target, e.g. xl; without it rxl where the target has it, else xl [not in xl]
+    #[arg(long, value_name = "CMD")]
+    pub(crate) receiver: Option<String>,
+}
+
+/// Options of `migrate-receive`.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct ReceiveArgs {
+    /// The same as -e
+    #[arg(short = 'F')]
+    pub(crate) foreground: bool,
+    /// No monitoring process: nobody acts when the guest reboots or ends
+    #[arg(short = 'e')]
+    pub(crate) no_monitor: bool,
+    /// Print the configuration on standard error
+    #[arg(short = 'd')]
+    pub(crate) debug: bool,
+    /// Leave the domain paused
+    #[arg(short = 'p')]
+    pub(crate) paused: bool,
+}
+
+/// What to do with a command line.
+#[derive(Debug)]
+pub(crate) enum Parsed {
+    /// One of rxl's verbs.
+    Own(Box<Cli>),
+    /// The real `xl`'s.
+    Xl,
+    /// Text for standard output, and that is all.
+    Text(String),
+    /// Text for standard error; exit code 2.
+    Usage(String),
+}
+
+/// Options of `xl migrate-receive` for Remus and COLO, which rxl leaves to `xl`.
+const REMUS: [&str; 4] = ["-r", "--colo", "--coloft-script", "--userspace-colo-proxy"];
+
+/// Sorts out a command line; `args` begins with the program's name. `as_xl`: the program is
+/// installed as `xl`, so `help` means xl's.
+pub(crate) fn parse(args: &[OsString], as_xl: bool) -> Parsed {
+    let words: Vec<&str> = args.iter().skip(1).map(|a| a.to_str().unwrap_or_default()).collect();
+    let is_global = |w: &str| w.strip_prefix('-').is_some_and(is_global_flags);
+    let verb = words.iter().position(|w| !is_global(w));
+    let (verb, rest) = match verb.and_then(|at| words.get(at..)) {
+        Some([verb, rest @ ..]) => (*verb, rest),
+        _ => return Parsed::Xl,
+    };
+    match (verb, rest) {
+        ("--version" | "-V", _) if !as_xl => Parsed::Text(Cli::command().render_version()),
+        ("help" | "--help" | "-h", []) if !as_xl => {
+            Parsed::Text(Cli::command().render_long_help().to_string())
+        }
+        ("help", [verb, ..]) if own(verb) => Parsed::Text(help_of(verb)),
+        ("migrate-receive", rest) if rest.iter().any(|w| REMUS.contains(w)) => Parsed::Xl,
+        (verb, _) if own(verb) => match Cli::try_parse_from(args) {
+            Ok(cli) => Parsed::Own(Box::new(cli)),
+            Err(error) => explain(&error, verb),
+        },
+        _ => Parsed::Xl,
+    }
+}
+
+fn is_global_flags(letters: &str) -> bool {
+    !letters.is_empty() && letters.chars().all(|c| "vftTN".contains(c))
+}
+
+fn own(verb: &str) -> bool {
+    Cli::command().find_subcommand(verb).is_some()
+}
+
+fn help_of(verb: &str) -> String {
+    let mut cli = Cli::command();
+    cli.build();
+    match cli.find_subcommand_mut(verb) {
+        Some(command) => command.render_long_help().to_string(),
+        None => String::new(),
+    }
+}
+
+/// A usage error in `xl`'s words, with the verb's usage; exit code 2, as `xl`'s.
+fn explain(error: &clap::Error, verb: &str) -> Parsed {
+    let text = |kind| match error.get(kind) {
+        Some(ContextValue::String(s)) => s.clone(),
+        Some(ContextValue::Strings(s)) => s.join(" "),
+        _ => String::new(),
+    };
+    let reason = match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            return Parsed::Text(error.to_string());
+        }
+        ErrorKind::UnknownArgument if text(ContextKind::InvalidArg).starts_with('-') => {
+            let option = text(ContextKind::InvalidArg);
+            let letter = option.strip_prefix('-').filter(|o| o.len() == 1);
+            format!("option `{}' not supported.", letter.unwrap_or(&option))
+        }
+        ErrorKind::MissingRequiredArgument => {
+            let wanted = Cli::command()
+                .find_subcommand(verb)
+                .map_or(0, |c| c.get_positionals().filter(|p| p.is_required_set()).count());
+            let s = if wanted == 1 { "" } else { "s" };
+            format!("'xl {verb}' requires at least {wanted} argument{s}.")
+        }
+        _ => return Parsed::Usage(error.to_string()),
+    };
+    let mut cli = Cli::command();
+    cli.build();
+    let usage = cli.find_subcommand_mut(verb).map(|c| c.render_usage().to_string());
+    Parsed::Usage(format!("{reason}\n\n{}", usage.unwrap_or_default()))
+}
+
+/// The script for `shell`.
+pub(crate) fn completions(shell: clap_complete::Shell) -> String {
+    let mut out = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "rxl", &mut out);
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// The manual page: the program, then each verb.
+pub(crate) fn man() -> std::io::Result<String> {
+    let mut cli = Cli::command();
+    cli.build();
+    let mut out = Vec::new();
+    clap_mangen::Man::new(cli.clone()).render(&mut out)?;
+    for verb in cli.get_subcommands().filter(|v| !v.is_hide_set()) {
+        let page = clap_mangen::Man::new(verb.clone());
+        let title = format!(".SH \"RXL {}\"\n", verb.get_name().to_uppercase());
+        out.extend_from_slice(title.as_bytes());
+        page.render_synopsis_section(&mut out)?;
+        page.render_description_section(&mut out)?;
+        page.render_options_section(&mut out)?;
+    }
+    Ok(String::from_utf8_lossy(&out).into_owned())
+}

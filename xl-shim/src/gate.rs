@@ -1,0 +1,120 @@
+//! The moment up to which a migration can be cancelled, and the signals that cancel it.
+//!
+//! A [`Gate`] is open until somebody cancels or the driver commits (it is about to try the step
+//! that cannot be taken back); whoever comes first wins, the other is told. So Ctrl-C either ends
+//! a migration with the guest running where it was, or comes too late and is ignored; it never
+//! meets the handshake half way. The transport does not see Ctrl-C at all ([`crate::transport`]).
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+use std::thread::JoinHandle;
+use std::{io, thread};
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::{Handle, Signals};
+
+use crate::output::Screen;
+
+const OPEN: u8 = 0;
+const CANCELLED: u8 = 1;
+const COMMITTED: u8 = 2;
+
+/// Open, cancelled or committed.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: AtomicU8,
+    /// Readable from the cancellation on.
+    wake: OwnedFd,
+    waker: OwnedFd,
+}
+
+impl Gate {
+    pub(crate) fn new() -> io::Result<Gate> {
+        let (wake, waker) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        Ok(Gate { state: AtomicU8::new(OPEN), wake, waker })
+    }
+
+    /// Asks for the end. `false`: too late, or asked before.
+    pub(crate) fn cancel(&self) -> bool {
+        let first = self.state.compare_exchange(OPEN, CANCELLED, SeqCst, SeqCst).is_ok();
+        if first {
+            // A byte in a pipe that nobody reads: every poll from now on sees it.
+            let _ = rustix::io::write(&self.waker, &[0]);
+        }
+        first
+    }
+
+    /// From now on nothing is cancelled. `false`: it has been cancelled before.
+    pub(crate) fn commit(&self) -> bool {
+        self.state.compare_exchange(OPEN, COMMITTED, SeqCst, SeqCst) != Err(CANCELLED)
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.state.load(SeqCst) == CANCELLED
+    }
+
+    /// Becomes readable when it is cancelled.
+    pub(crate) fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+}
+
+/// The thread that turns SIGINT, SIGTERM and SIGHUP into a cancellation, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct SignalWatch {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SignalWatch {
+    /// `canceller` ends a transfer, or the next one before it begins; called again, it does not
+    /// wait for the guest. `too_late` is said of a signal after the commit.
+    pub(crate) fn start(
+        gate: Arc<Gate>,
+        canceller: Box<dyn Fn() + Send + Sync>,
+        screen: Screen,
+        too_late: String,
+    ) -> io::Result<SignalWatch> {
+        let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+        let handle = signals.handle();
+        let run = move || {
+            for _ in signals.forever() {
+                let first = gate.cancel();
+                if !gate.is_cancelled() {
+                    screen.line(&too_late);
+                    continue;
+                }
+                screen.line(if first { "rxl: cancelling" } else { "rxl: cancelling at once" });
+                canceller();
+            }
+        };
+        let thread = thread::Builder::new().name("signals".into()).spawn(run)?;
+        Ok(SignalWatch { handle, thread: Some(thread) })
+    }
+}
+
+impl Drop for SignalWatch {
+    fn drop(&mut self) {
+        self.handle.close();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_comes_first_wins_the_gate() {
+        let gate = Gate::new().unwrap();
+        assert!(gate.commit() && gate.commit());
+        assert!(!gate.cancel() && !gate.is_cancelled());
+        let gate = Gate::new().unwrap();
+        assert!(gate.cancel() && !gate.cancel());
+        assert!(!gate.commit() && gate.is_cancelled());
+    }
+}

@@ -1,0 +1,85 @@
+//! What the user is told at the end: where the guest is, why, and what is left to do by hand.
+
+use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
+use rxl_toolstack::lifecycle::DomainState;
+
+use super::driver::away_name;
+use crate::output::{self, Screen};
+
+/// How a migration ended.
+pub(crate) struct Conclusion<'a> {
+    /// The domain's name.
+    pub(crate) guest: &'a str,
+    /// The target as given.
+    pub(crate) target: &'a str,
+    pub(crate) end: SenderEnd,
+    /// What failed, in the words of whoever refused it.
+    pub(crate) details: &'a [String],
+}
+
+impl Conclusion<'_> {
+    /// Why it did not succeed, the outermost reason first; empty if it did.
+    pub(crate) fn causes(&self) -> Vec<String> {
+        let cause = match self.end {
+            SenderEnd::Moved => None,
+            SenderEnd::MovedWithRemains => Some("the copy here could not be destroyed".to_owned()),
+            SenderEnd::Kept(c) | SenderEnd::NotResumed(c) | SenderEnd::Uncertain(c) => {
+                Some(c.to_string())
+            }
+        };
+        cause.into_iter().chain(self.details.iter().cloned()).collect()
+    }
+
+    /// Prints it. `state` asks how the domain is now.
+    pub(crate) fn tell(&self, screen: &Screen, state: impl FnOnce() -> Option<DomainState>) {
+        let (guest, target, away) = (self.guest, self.target, away_name(self.guest));
+        let why = self.causes().join("; ");
+        match self.end {
+            SenderEnd::Moved => screen.line("Migration successful."),
+            SenderEnd::MovedWithRemains => {
+                screen.line("Migration successful.");
+                screen.line(&format!(
+                    "rxl: {guest} runs on {target}, but its suspended copy here is still there \
+                     ({why}).\nrxl: It must never be resumed: xl destroy {away}"
+                ));
+            }
+            SenderEnd::Kept(cause) => {
+                if let SenderCause::TargetFailed(_) = cause {
+                    screen.line("migration sender: Resumed OK.");
+                    screen.line("Migration failed due to problems at target.");
+                }
+                screen.line(&format!("rxl: {guest} was not moved: {why}"));
+                screen.line(&kept(guest, state()));
+            }
+            SenderEnd::NotResumed(_) => screen.line(&format!(
+                "rxl: {guest} was not moved: {why}\n\
+                 rxl: {guest} is SUSPENDED here and could not be resumed. It does not run on \
+                 {target} either.\nrxl: Try again: rxl resume {guest}"
+            )),
+            SenderEnd::Uncertain(_) => {
+                screen.line(output::UNDEFINED);
+                screen.line(&format!(
+                    "rxl: {why}\n\
+                     rxl: {guest} stays suspended here as {away}, because it may run on {target}.\n\
+                     rxl: Look there: xl list {guest}\n\
+                     rxl: - if it is there and runs, destroy the copy here: xl destroy {away}\n\
+                     rxl: - if not, destroy there what is left of it ({guest} or \
+                     {guest}--incoming), then here: rxl resume {away}"
+                ));
+            }
+        }
+    }
+}
+
+/// Where a domain is that was not moved; asked of the host, not guessed.
+fn kept(guest: &str, state: Option<DomainState>) -> String {
+    match state {
+        Some(DomainState::Alive) => format!("rxl: {guest} keeps running here."),
+        Some(DomainState::Suspended) => {
+            format!("rxl: {guest} is suspended here, because of itself or of someone else.")
+        }
+        Some(DomainState::Dead) => format!("rxl: {guest} has shut down meanwhile."),
+        Some(DomainState::Gone) => format!("rxl: {guest} has gone meanwhile."),
+        None => format!("rxl: How {guest} is here could not be asked."),
+    }
+}

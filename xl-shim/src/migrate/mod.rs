@@ -1,0 +1,160 @@
+//! `rxl migrate`: moves a running domain to another host.
+
+mod conclusion;
+mod config;
+mod driver;
+
+use std::sync::Arc;
+
+use anyhow::bail;
+use rxl_migrate::frame::DomId;
+use rxl_migrate::xl::header::Header;
+use rxl_toolstack::libxl::config::DomainConfig;
+use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
+
+use crate::Exit;
+use crate::channel::Channel;
+use crate::cli::{Globals, MigrateArgs};
+use crate::events::EventsPipe;
+use crate::gate::{Gate, SignalWatch};
+use crate::guard::{Guard, Side};
+use crate::host::{self, Progress};
+use crate::output::{self, Screen};
+use crate::passthrough;
+use crate::report::{Facts, Outcome, Report};
+use crate::timeline::{Mark, Timeline};
+use crate::transport::{self, Rune, Transport};
+
+pub(crate) use conclusion::Conclusion;
+pub(crate) use driver::{AWAY, Departure};
+
+/// The domain to move.
+struct Guest {
+    domid: DomId,
+    name: String,
+    header: Header,
+}
+
+/// Moves the domain. The exit code says where it runs: 0 at the target, else here (if anywhere).
+pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit> {
+    let mut timeline = Timeline::default();
+    timeline.mark(Mark::Started);
+    let screen = Screen::stderr();
+    // What changes the environment comes before all threads.
+    host::become_save_helper()?;
+    let events = EventsPipe::new()?;
+    host::pass_events(&events)?;
+    let progress = Progress::of_sender();
+    let host = host::open(globals, progress)?;
+    let guest = find_guest(&host, args)?;
+    let gate = Arc::new(Gate::new()?);
+    let _signals = SignalWatch::start(
+        gate.clone(),
+        host.canceller(),
+        screen.clone(),
+        too_late(&guest.name, &args.host),
+    )?;
+    let guard = Guard::start(Side::Source, &guest.name, Some(guest.domid), &screen);
+    let rune = rune(globals, args);
+    let (transport, input, output) = Transport::start(&rune.command())?;
+    // After the transport, which must not inherit the writing end.
+    let (events, writer) = events.open(screen.clone(), progress == Progress::Bar)?;
+    let mut departure = Departure {
+        host: &host,
+        domid: guest.domid,
+        name: &guest.name,
+        target: &args.host,
+        header: guest.header,
+        debug: args.debug,
+        channel: Channel::new(input, output, gate.clone()),
+        gate: &gate,
+        guard,
+        screen: &screen,
+        timeline: &mut timeline,
+        events: Some(writer),
+        details: Vec::new(),
+    };
+    let end = departure.run();
+    let Departure { mut details, channel, events: writer, .. } = departure;
+    drop((channel, writer));
+    let status = transport.finish(!gate.is_cancelled());
+    let end = end?;
+    if Outcome::from(end) != Outcome::Moved {
+        details.extend(status.and_then(|s| transport::explain(s, &rune)));
+    }
+    let events = events.finish();
+    let conclusion = Conclusion { guest: &guest.name, target: &args.host, end, details: &details };
+    conclusion.tell(&screen, || host.state(guest.domid).ok());
+    let cause = conclusion.causes();
+    let (domain, target) = (guest.name.as_str(), args.host.as_str());
+    let facts =
+        Facts { domain, host: target, end, cause: &cause, timeline: &timeline, events: &events };
+    let report = Report::new(&facts);
+    if report.outcome == Outcome::Moved {
+        screen.line(&report.summary());
+    }
+    if let Some(path) = &args.report {
+        report.write(path)?;
+    }
+    Ok(exit_of(report.outcome))
+}
+
+fn exit_of(outcome: Outcome) -> Exit {
+    match outcome {
+        Outcome::Moved => Exit::Success,
+        Outcome::Cancelled => Exit::Cancelled,
+        Outcome::Failed | Outcome::NotResumed | Outcome::Uncertain => Exit::Failed,
+    }
+}
+
+fn too_late(guest: &str, target: &str) -> String {
+    format!("rxl: too late to cancel: {target} may have been permitted to start {guest} already")
+}
+
+/// The domain that the user means, and what goes to the target before its stream.
+fn find_guest(host: &dyn Lifecycle, args: &MigrateArgs) -> anyhow::Result<Guest> {
+    let domid = host.resolve(&args.domain).map_err(|error| {
+        anyhow::anyhow!("{} is an invalid domain identifier (rc={})", args.domain, error.rc)
+    })?;
+    let name = host.name(domid)?;
+    match host.state(domid)? {
+        DomainState::Alive => {}
+        DomainState::Suspended => bail!(
+            "{name} is suspended; if that is left from an earlier migration, and it does not run \
+             at the target, let it run here first: rxl resume {name}"
+        ),
+        DomainState::Dead | DomainState::Gone => bail!("{name} is shutting down"),
+    }
+    let running = host.config(domid)?;
+    let mut config = match &args.config {
+        Some(file) => config::from_file(&passthrough::find_xl()?, file, &running)?,
+        None => DomainConfig::parse(&running)?,
+    };
+    config.set_domid(args.preserve_domid.then_some(domid));
+    let header = Header::new(&config.to_json())?;
+    Ok(Guest { domid, name, header })
+}
+
+/// How the receiver is reached, with the options that `xl` passes on.
+fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> Rune<'a> {
+    let option = |on: bool, text: &'static str| on.then_some(text);
+    let verbose = "v".repeat(usize::from(globals.verbose));
+    let cr = globals.progress_cr || output::stderr_is_terminal();
+    let globals = [
+        option(cr, "-t").map(str::to_owned),
+        option(globals.timestamps, "-T").map(str::to_owned),
+        (!verbose.is_empty()).then(|| format!("-{verbose}")),
+    ];
+    let options = [
+        option(args.no_monitor || args.foreground, "-e"),
+        option(args.debug, "-d"),
+        option(args.paused, "-p"),
+    ];
+    Rune {
+        ssh: &args.ssh,
+        host: &args.host,
+        receiver: args.receiver.as_deref(),
+        globals: globals.into_iter().flatten().collect(),
+        options: options.into_iter().flatten().collect(),
+    }
+}

@@ -1,0 +1,123 @@
+//! All text that the program prints. What `xl` prints at the same points is printed as `xl`
+//! prints it, because scripts read it; lines of rxl's own begin with `rxl: `.
+//!
+//! Standard output belongs to `rxl help`, `man`, `completions` and to nothing else: for
+//! `migrate-receive` it is the channel to the sender.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Where lines for the user go: standard error, around the progress bar if there is one.
+#[derive(Clone, Debug)]
+pub(crate) struct Screen(Arc<Kind>);
+
+#[derive(Debug)]
+enum Kind {
+    Stderr {
+        bar: Mutex<Option<ProgressBar>>,
+    },
+    #[cfg(test)]
+    Buffer(Mutex<Vec<String>>),
+}
+
+impl Screen {
+    pub(crate) fn stderr() -> Screen {
+        Screen(Arc::new(Kind::Stderr { bar: Mutex::new(None) }))
+    }
+
+    /// Prints a line, or several.
+    pub(crate) fn line(&self, text: &str) {
+        match &*self.0 {
+            Kind::Stderr { bar } => {
+                let bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+                let print = || {
+                    // Nothing can be done about a standard error that is gone.
+                    let _ = writeln!(io::stderr(), "{text}");
+                };
+                match bar.as_ref() {
+                    Some(bar) => bar.suspend(print),
+                    None => print(),
+                }
+            }
+            #[cfg(test)]
+            Kind::Buffer(lines) => {
+                lines.lock().unwrap().extend(text.lines().map(str::to_owned));
+            }
+        }
+    }
+
+    /// Shows a bar, or moves it; `text` is what stands behind it.
+    pub(crate) fn progress(&self, label: &str, done: u64, total: u64, text: &str) {
+        let bar = match &*self.0 {
+            Kind::Stderr { bar } => bar,
+            #[cfg(test)]
+            Kind::Buffer(_) => return,
+        };
+        let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
+        let bar = bar.get_or_insert_with(new_bar);
+        bar.set_length(total);
+        bar.set_position(done);
+        bar.set_prefix(label.to_owned());
+        bar.set_message(text.to_owned());
+    }
+
+    /// Takes the bar away.
+    pub(crate) fn end_progress(&self) {
+        let bar = match &*self.0 {
+            Kind::Stderr { bar } => bar,
+            #[cfg(test)]
+            Kind::Buffer(_) => return,
+        };
+        let bar = bar.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(bar) = bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn buffer() -> Screen {
+        Screen(Arc::new(Kind::Buffer(Mutex::new(Vec::new()))))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn text(&self) -> String {
+        match &*self.0 {
+            Kind::Buffer(lines) => lines.lock().unwrap().join("\n"),
+            Kind::Stderr { .. } => String::new(),
+        }
+    }
+}
+
+fn new_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}% {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5)).with_style(style)
+}
+
+/// Writes to standard output.
+#[allow(clippy::print_stdout, reason = "the one place for it")]
+pub(crate) fn stdout(text: &str) {
+    print!("{text}");
+    let _ = io::stdout().flush();
+}
+
+/// Writes a line to standard error, where there is no [`Screen`] yet.
+pub(crate) fn stderr(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// Whether standard error is a terminal.
+pub(crate) fn stderr_is_terminal() -> bool {
+    io::stderr().is_terminal()
+}
+
+/// What `xl` prints when nobody can know whether the guest runs at the target.
+pub(crate) const UNDEFINED: &str = "\
+** Migration failed during final handshake **
+Domain state is now undefined !
+Please CHECK AT BOTH ENDS for running instances, before renaming and
+ resuming at most one instance.  Two simultaneous instances of the domain
+ would probably result in SEVERE DATA LOSS and it is now your
+ responsibility to avoid that.  Sorry.";

@@ -1,0 +1,77 @@
+//! `rxl migrate-receive`: the target's end of a migration, on standard input and output.
+
+mod driver;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use anyhow::Context;
+use rxl_migrate::xl::handshake::ReceiverEnd;
+use rxl_toolstack::lifecycle::Lifecycle;
+
+use crate::Exit;
+use crate::channel::Channel;
+use crate::cli::{Globals, ReceiveArgs};
+use crate::gate::{Gate, SignalWatch};
+use crate::host::{self, Progress};
+use crate::output::Screen;
+
+pub(crate) use driver::{Arrival, Helpers};
+
+/// Receives one domain.
+pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit> {
+    let screen = Screen::stderr();
+    let (input, output) = take_stdio().context("taking standard input and output")?;
+    host::become_save_helper()?;
+    let host = host::open(globals, Progress::Silent)?;
+    let gate = Arc::new(Gate::new()?);
+    let too_late = "rxl: too late to cancel: the domain is being started".to_owned();
+    let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
+    let channel = Channel::new(input, output, gate.clone());
+    let monitor = !(args.no_monitor || args.foreground);
+    let helpers = Helpers { guard: true, monitor };
+    let mut arrival = Arrival::new(&host, channel, &gate, &screen, helpers);
+    arrival.paused = args.paused;
+    arrival.print_config = args.debug;
+    let end = arrival.run()?;
+    tell(&screen, end);
+    Ok(match end {
+        ReceiverEnd::Running | ReceiverEnd::RunningUnreported => Exit::Success,
+        _ => Exit::Failed,
+    })
+}
+
+/// Moves the channel away from descriptors 0 and 1, which whatever libxl starts would inherit:
+/// a script that prints a word would speak to the sender, and one that stays would keep ssh's
+/// connection open.
+fn take_stdio() -> io::Result<(OwnedFd, OwnedFd)> {
+    let input = io::stdin().as_fd().try_clone_to_owned()?;
+    let output = io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    rustix::stdio::dup2_stdout(io::stderr())?;
+    Ok((input, output))
+}
+
+fn tell(screen: &Screen, end: ReceiverEnd) {
+    match end {
+        ReceiverEnd::Running => screen.line("migration target: Domain started successsfully."),
+        ReceiverEnd::RunningUnreported => screen.line(
+            "migration target: Domain started successsfully.\n\
+             rxl: the sender could not be told; its copy stays suspended and must be destroyed",
+        ),
+        ReceiverEnd::Nothing(cause) => screen.line(&format!("rxl: not received: {cause}")),
+        ReceiverEnd::GivenBack { told: true } => {
+            screen.line("rxl: the domain could not be started here; the sender may resume it");
+        }
+        ReceiverEnd::GivenBack { told: false } => screen.line(
+            "rxl: the domain could not be started here and is gone here; the sender could not be \
+             told, so resume it there by hand",
+        ),
+        ReceiverEnd::Remains => screen.line(
+            "rxl: a copy that must not run could not be destroyed: find it with xl list and \
+             destroy it",
+        ),
+    }
+}

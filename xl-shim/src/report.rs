@@ -1,0 +1,334 @@
+//! The report of one migration: made from what rxl and the save helper saw, written as JSON, and
+//! as one line for the user.
+//!
+//! Times are milliseconds of the source host's monotonic clock. The *pause* is what the toolstack
+//! can see of the time in which the guest does not run: from the moment the guest is known to be
+//! suspended to the moment the target's report of success arrives, which is half a round trip
+//! after the guest runs again. The time the guest takes to follow the request to suspend is not
+//! pause, it runs meanwhile; it is `suspend_wait_ms`, so `pause_ms + suspend_wait_ms` is an upper
+//! bound.
+//!
+//! The fields that need the save helper's events are absent where libxl ran another helper.
+
+use std::path::Path;
+
+use anyhow::Context;
+use rxl_migrate::report::{Event, PassPages, Stamped};
+use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
+use serde::Serialize;
+
+use crate::timeline::{Mark, Timeline};
+
+/// How a migration ended, as in the report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    /// The guest runs at the target.
+    Moved,
+    /// The user or a signal ended it; the guest is where it was.
+    Cancelled,
+    /// The guest is where it was.
+    Failed,
+    /// The guest is where it was, suspended: it could not be resumed.
+    NotResumed,
+    /// The guest is suspended here and may run at the target.
+    Uncertain,
+}
+
+impl From<SenderEnd> for Outcome {
+    fn from(end: SenderEnd) -> Outcome {
+        match end {
+            SenderEnd::Moved | SenderEnd::MovedWithRemains => Outcome::Moved,
+            SenderEnd::Kept(SenderCause::Cancelled) => Outcome::Cancelled,
+            SenderEnd::Kept(_) => Outcome::Failed,
+            SenderEnd::NotResumed(_) => Outcome::NotResumed,
+            SenderEnd::Uncertain(_) => Outcome::Uncertain,
+        }
+    }
+}
+
+/// One pass over memory.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Pass {
+    /// 0-based.
+    pub(crate) pass: u32,
+    /// Whether the guest was suspended.
+    pub(crate) last: bool,
+    /// Pages by what became of them.
+    pub(crate) pages: PassPages,
+    /// Bytes of the stream written in it.
+    pub(crate) bytes: u64,
+    /// Its time.
+    pub(crate) ms: f64,
+}
+
+/// Where the pause went; the parts add up to it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Pause {
+    /// From the suspension until all memory was out.
+    pub(crate) last_pass_ms: f64,
+    /// vCPU and platform state.
+    pub(crate) state_ms: f64,
+    /// From the end of the memory stream until the target had a complete domain: the rest of the
+    /// stream, devices, device model.
+    pub(crate) target_ms: f64,
+    /// From there to the report: two messages each way, renaming, unpausing.
+    pub(crate) handshake_ms: f64,
+}
+
+/// The report.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Report {
+    /// Version of this format.
+    pub(crate) version: u32,
+    /// The domain's name.
+    pub(crate) domain: String,
+    /// The target as given.
+    pub(crate) host: String,
+    /// How it ended.
+    pub(crate) outcome: Outcome,
+    /// Why, if not well: the outermost reason first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) cause: Vec<String>,
+    /// From rxl's start until the end, or the target's report of success.
+    pub(crate) total_ms: f64,
+    /// See the module's text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pause_ms: Option<f64>,
+    /// From the request to suspend until the guest was suspended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) suspend_wait_ms: Option<f64>,
+    /// The pause by cause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pause: Option<Pause>,
+    /// Bytes of the memory stream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes: Option<u64>,
+    /// Bytes over the time from the first to the last of them, in MiB/s.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) rate_mib_s: Option<f64>,
+    /// The passes that ended.
+    pub(crate) passes: Vec<Pass>,
+}
+
+/// What the report is made from.
+#[derive(Debug)]
+pub(crate) struct Facts<'a> {
+    pub(crate) domain: &'a str,
+    pub(crate) host: &'a str,
+    pub(crate) end: SenderEnd,
+    pub(crate) cause: &'a [String],
+    pub(crate) timeline: &'a Timeline,
+    pub(crate) events: &'a [Stamped],
+}
+
+const MIB: f64 = 1_048_576.0;
+
+impl Report {
+    pub(crate) fn new(facts: &Facts<'_>) -> Report {
+        let at = |mark| facts.timeline.at(mark);
+        let outcome = Outcome::from(facts.end);
+        let ended = at(Mark::Reported).filter(|_| outcome == Outcome::Moved).or(at(Mark::Ended));
+        let first = |wanted: fn(&Event) -> bool| {
+            facts.events.iter().find(|s| wanted(&s.event)).map(|s| s.t_ns)
+        };
+        let asked = first(|e| matches!(e, Event::SuspendAsked));
+        let suspended = first(|e| matches!(e, Event::Suspended));
+        let reported = at(Mark::Reported).filter(|_| outcome == Outcome::Moved);
+        let began = first(|e| matches!(e, Event::Started { .. }));
+        let last_event = facts.events.last().map(|s| s.t_ns);
+        let bytes = facts.events.iter().rev().find_map(|s| bytes_so_far(&s.event));
+        let seconds = span(began, last_event).map(|ms| ms / 1000.0).filter(|s| *s > 0.0);
+        Report {
+            version: 1,
+            domain: facts.domain.to_owned(),
+            host: facts.host.to_owned(),
+            outcome,
+            cause: facts.cause.to_vec(),
+            total_ms: span(at(Mark::Started), ended).unwrap_or(0.0),
+            pause_ms: span(suspended, reported),
+            suspend_wait_ms: span(asked, suspended),
+            pause: pause(facts, suspended, reported),
+            bytes,
+            rate_mib_s: bytes.zip(seconds).map(|(b, s)| as_f64(b) / MIB / s),
+            passes: passes(facts.events),
+        }
+    }
+
+    /// The one line at the end of a migration that succeeded.
+    pub(crate) fn summary(&self) -> String {
+        let mut line = format!(
+            "rxl: {} moved to {} in {:.1} s",
+            self.domain,
+            self.host,
+            self.total_ms / 1000.0
+        );
+        if let Some(pause) = self.pause_ms {
+            line += &format!(": pause {pause:.0} ms");
+        }
+        if let (Some(bytes), Some(rate)) = (self.bytes, self.rate_mib_s) {
+            let passes = self.passes.len();
+            let es = if passes == 1 { "" } else { "es" };
+            let mib = as_f64(bytes) / MIB;
+            line += &format!(", {mib:.0} MiB in {passes} pass{es}, {rate:.0} MiB/s");
+        }
+        line
+    }
+
+    /// Writes the JSON to `path`.
+    pub(crate) fn write(&self, path: &Path) -> anyhow::Result<()> {
+        let mut json = serde_json::to_string_pretty(self)?;
+        json.push('\n');
+        std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+fn pause(facts: &Facts<'_>, suspended: Option<u64>, reported: Option<u64>) -> Option<Pause> {
+    let first =
+        |wanted: fn(&Event) -> bool| facts.events.iter().find(|s| wanted(&s.event)).map(|s| s.t_ns);
+    let memory = first(|e| matches!(e, Event::MemorySent));
+    let finished = first(|e| matches!(e, Event::Finished { .. }));
+    let ready = facts.timeline.at(Mark::Ready);
+    Some(Pause {
+        last_pass_ms: span(suspended, memory)?,
+        state_ms: span(memory, finished)?,
+        target_ms: span(finished, ready)?,
+        handshake_ms: span(ready, reported)?,
+    })
+}
+
+fn passes(events: &[Stamped]) -> Vec<Pass> {
+    let mut passes = Vec::new();
+    let (mut began, mut bytes_before) = (None, 0);
+    for stamped in events {
+        match &stamped.event {
+            Event::PassStarted { .. } => began = Some(stamped.t_ns),
+            Event::PassEnded { pass, last, pages, bytes } => {
+                passes.push(Pass {
+                    pass: *pass,
+                    last: *last,
+                    pages: *pages,
+                    bytes: bytes.saturating_sub(bytes_before),
+                    ms: span(began, Some(stamped.t_ns)).unwrap_or(0.0),
+                });
+                bytes_before = *bytes;
+            }
+            _ => {}
+        }
+    }
+    passes
+}
+
+fn bytes_so_far(event: &Event) -> Option<u64> {
+    match event {
+        Event::PassProgress { bytes, .. }
+        | Event::PassEnded { bytes, .. }
+        | Event::Finished { bytes } => Some(*bytes),
+        _ => None,
+    }
+}
+
+/// Milliseconds between two times, if both are known.
+fn span(from: Option<u64>, to: Option<u64>) -> Option<f64> {
+    Some(as_f64(to?.saturating_sub(from?)) / 1e6)
+}
+
+/// Exact up to 2^53, which is 8 PiB or 104 days of nanoseconds.
+#[allow(clippy::cast_precision_loss, reason = "see above")]
+fn as_f64(value: u64) -> f64 {
+    value as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn events() -> Vec<Stamped> {
+        let pages = PassPages { wanted: 300, plain: 250, tables: 6, ..PassPages::default() };
+        [
+            (100, Event::Started { pid: 1, hvm: false, total_pages: 300, p2m_pages: 300 }),
+            (110, Event::PassStarted { pass: 0, last: false, pages: 300 }),
+            (1110, Event::PassEnded { pass: 0, last: false, pages, bytes: 1 << 20 }),
+            (1120, Event::SuspendAsked),
+            (1150, Event::Suspended),
+            (1151, Event::PassStarted { pass: 1, last: true, pages: 10 }),
+            (1171, Event::PassEnded { pass: 1, last: true, pages, bytes: 3 << 20 }),
+            (1180, Event::MemorySent),
+            (1100 + 500, Event::Finished { bytes: 3 << 20 }),
+        ]
+        .map(|(ms, event)| Stamped { t_ns: ms * MS, event })
+        .to_vec()
+    }
+
+    fn timeline() -> Timeline {
+        let marks = [
+            (Mark::Started, 0),
+            (Mark::Answered, 90),
+            (Mark::Sent, 1610),
+            (Mark::Ready, 1900),
+            (Mark::Reported, 2000),
+            (Mark::Ended, 2100),
+        ];
+        Timeline::from_marks(&marks.map(|(mark, ms)| (mark, ms * MS)))
+    }
+
+    fn report(end: SenderEnd, cause: &[String]) -> Report {
+        Report::new(&Facts {
+            domain: "web",
+            host: "host2",
+            end,
+            cause,
+            timeline: &timeline(),
+            events: &events(),
+        })
+    }
+
+    #[test]
+    fn the_parts_of_the_pause_add_up_to_it() {
+        let report = report(SenderEnd::Moved, &[]);
+        assert_eq!(report.pause_ms, Some(850.0));
+        assert_eq!(report.suspend_wait_ms, Some(30.0));
+        let pause = report.pause.clone().unwrap();
+        assert_eq!((pause.last_pass_ms, pause.state_ms), (30.0, 420.0));
+        assert_eq!((pause.target_ms, pause.handshake_ms), (300.0, 100.0));
+        assert_eq!(report.total_ms, 2000.0);
+    }
+
+    #[test]
+    fn passes_have_their_own_bytes_and_times() {
+        let report = report(SenderEnd::Moved, &[]);
+        let passes: Vec<_> = report.passes.iter().map(|p| (p.last, p.bytes, p.ms)).collect();
+        assert_eq!(passes, [(false, 1 << 20, 1000.0), (true, 2 << 20, 20.0)]);
+        let line = "rxl: web moved to host2 in 2.0 s: pause 850 ms, 3 MiB in 2 passes, 2 MiB/s";
+        assert_eq!(report.summary(), line);
+    }
+
+    #[test]
+    fn a_failure_is_reported_with_its_cause_and_without_a_pause() {
+        let cause = ["the target did not take the domain".to_owned()];
+        let report = report(SenderEnd::Kept(SenderCause::NoReady), &cause);
+        assert_eq!((report.outcome, report.pause_ms), (Outcome::Failed, None));
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["outcome"], "failed");
+        assert_eq!(json["cause"][0], cause[0]);
+        assert_eq!(json["total_ms"], 2100.0);
+        assert_eq!(json["passes"][1]["pages"]["plain"], 250);
+        assert!(json.get("pause_ms").is_none());
+    }
+
+    #[test]
+    fn without_the_helpers_events_there_are_times_of_rxl_only() {
+        let report = Report::new(&Facts {
+            domain: "web",
+            host: "host2",
+            end: SenderEnd::Moved,
+            cause: &[],
+            timeline: &timeline(),
+            events: &[],
+        });
+        assert_eq!(report.summary(), "rxl: web moved to host2 in 2.0 s");
+        assert_eq!((report.pause_ms, report.bytes), (None, None));
+    }
+}

@@ -1,0 +1,156 @@
+//! The save helper: what libxl runs to write or read the stream of a domain.
+//!
+//! libxl starts it as `rxl --save-domain …` or `rxl --restore-domain …`, because `rxl` (or the
+//! user, by `LIBXL_SAVE_HELPER`) has named this program; under the name `libxl-save-helper` it
+//! is the same. Here is only what connects the parts: the arguments and the protocol are
+//! [`rxl_migrate::helper`]'s, the engine is [`rxl_migrate::source`] and
+//! [`rxl_migrate::target`], Xen is [`rxl_toolstack::xc`].
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::{env, iter};
+
+use anyhow::Context;
+use rxl_migrate::frame::DomId;
+use rxl_migrate::helper::{
+    Callbacks, EventSink, HelperChannel, Invocation, InvocationError, RestoreArgs, SaveArgs,
+};
+use rxl_migrate::hypervisor::{LogLevel, Toolstack};
+use rxl_migrate::report::Stamped;
+use rxl_migrate::{source, target};
+use rxl_toolstack::xc::{FdIn, FdOut, LiveDomain};
+use rxl_toolstack::{abort, inherit};
+
+use crate::Exit;
+use crate::events;
+use crate::passthrough;
+use crate::timeline::now_ns;
+
+/// The name under which any program is libxl's helper.
+pub(crate) const NAME: &str = "libxl-save-helper";
+
+/// What libxl's own helper says in `complete` where it has no errno.
+const EIO: i32 = 5;
+
+type Channel = HelperChannel<File, File>;
+
+/// Whether these are arguments of the helper.
+pub(crate) fn is_meant(args: &[OsString], program: &str) -> bool {
+    program == NAME || args.get(1).is_some_and(|a| a == "--save-domain" || a == "--restore-domain")
+}
+
+/// Saves or restores a domain. A failure of the transfer is no failure of the process: libxl is
+/// told in its own way.
+pub(crate) fn run(args: &[OsString]) -> anyhow::Result<Exit> {
+    let args = args.get(1..).unwrap_or_default();
+    match Invocation::parse(args) {
+        Ok(Invocation::Save(save)) => run_save(&save)?,
+        Ok(Invocation::Restore(restore)) => run_restore(&restore)?,
+        Err(InvocationError::Checkpointed(_)) => return Err(exec_stock(args)),
+        Err(error) => return Err(error.into()),
+    }
+    Ok(Exit::Success)
+}
+
+fn run_save(args: &SaveArgs) -> anyhow::Result<()> {
+    let stream = inherit::descriptor(args.io_fd).context("the stream's descriptor")?;
+    abort::install(stream.as_fd())?;
+    let mut channel = channel(args.domain, args.callbacks)?;
+    if let Some(sink) = event_sink() {
+        channel = channel.with_events(sink);
+    }
+    let options = source::Options { live: args.live, verify: args.debug };
+    let result = LiveDomain::open(args.domain)
+        .map_err(Into::into)
+        .and_then(|domain| source::save(&domain, &mut FdOut::new(&stream), &mut channel, &options));
+    complete(channel, result.err(), "saving")
+}
+
+fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
+    let stream = inherit::descriptor(args.io_fd).context("the stream's descriptor")?;
+    abort::ignore_terminal()?;
+    let mut channel = channel(args.domain, args.callbacks)?;
+    let options = target::Options {
+        store_evtchn: args.store_port,
+        store_domid: args.store_domain,
+        console_evtchn: args.console_port,
+        console_domid: args.console_domain,
+    };
+    let result = LiveDomain::open(args.domain).map_err(Into::into).and_then(|domain| {
+        target::restore(&domain, &mut FdIn::new(&stream), &mut channel, &options)
+    });
+    // libxl wants the results before the end, after a failure too.
+    let (store, console) = result.as_ref().map_or((0, 0), |o| (o.store_frame, o.console_frame));
+    channel.restore_results(store, console)?;
+    complete(channel, result.err(), "restoring")
+}
+
+/// The channel to libxl: descriptors 0 and 1, unbuffered.
+fn channel(domain: DomId, callbacks: Callbacks) -> io::Result<Channel> {
+    let replies = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let messages = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    Ok(HelperChannel::new(replies, messages, domain, callbacks, abort::requested))
+}
+
+/// Tells libxl how it ended.
+fn complete(
+    mut channel: Channel,
+    error: Option<rxl_migrate::Error>,
+    what: &str,
+) -> anyhow::Result<()> {
+    let (retval, errno) = match error {
+        None => (0, 0),
+        Some(error) => {
+            channel.log(LogLevel::Error, &format!("{what} failed: {}", chain(&error)));
+            (-1, errno_of(&error))
+        }
+    };
+    channel.complete(retval, errno).context("telling libxl the result")
+}
+
+/// An error and its causes in one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    causes(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}
+
+fn errno_of(error: &(dyn Error + 'static)) -> i32 {
+    causes(error)
+        .find_map(|e| e.downcast_ref::<io::Error>()?.raw_os_error())
+        .filter(|errno| *errno != 0)
+        .unwrap_or(EIO)
+}
+
+fn causes<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    iter::successors(Some(error), |e| (*e).source())
+}
+
+/// Writes events for the program that wants them, if there is one.
+fn event_sink() -> Option<EventSink> {
+    let number = env::var(events::ENV_FD).ok()?.parse().ok()?;
+    let mut pipe = File::from(inherit::descriptor(number).ok()?);
+    Some(Box::new(move |event| {
+        let stamped = Stamped { t_ns: now_ns(), event: event.clone() };
+        if let Ok(mut line) = serde_json::to_vec(&stamped) {
+            line.push(b'\n');
+            // A report is not worth a migration.
+            let _ = pipe.write_all(&line);
+        }
+    }))
+}
+
+/// Checkpointed streams are beyond rxl: libxl's own helper takes the place of this process, and
+/// with it the descriptors.
+fn exec_stock(args: &[OsString]) -> anyhow::Error {
+    match passthrough::find_stock_helper() {
+        Some(path) => {
+            let error = Command::new(&path).args(args).exec();
+            anyhow::Error::new(error).context(format!("running {}", path.display()))
+        }
+        None => anyhow::anyhow!("this stream needs libxl's own {NAME}, which is not installed"),
+    }
+}

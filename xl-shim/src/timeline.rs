@@ -1,0 +1,48 @@
+//! When things happened at the sender, on the clock that the save helper stamps its events with.
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// Steps of a migration that rxl sees itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// rxl began.
+    Started,
+    /// The receiver answered.
+    Answered,
+    /// The stream is written; the domain is suspended.
+    Sent,
+    /// The receiver has a complete copy.
+    Ready,
+    /// The receiver has reported.
+    Reported,
+    /// rxl ended.
+    Ended,
+}
+
+/// Nanoseconds of the host's monotonic clock, for each step that was reached.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Timeline(Vec<(Mark, u64)>);
+
+impl Timeline {
+    /// Now is `mark`.
+    pub(crate) fn mark(&mut self, mark: Mark) {
+        self.0.push((mark, now_ns()));
+    }
+
+    /// When `mark` was.
+    pub(crate) fn at(&self, mark: Mark) -> Option<u64> {
+        self.0.iter().find(|(m, _)| *m == mark).map(|(_, ns)| *ns)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn from_marks(marks: &[(Mark, u64)]) -> Timeline {
+        Timeline(marks.to_vec())
+    }
+}
+
+/// The monotonic clock.
+pub(crate) fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let part = |value| u64::try_from(value).unwrap_or(0);
+    part(now.tv_sec) * 1_000_000_000 + part(now.tv_nsec)
+}

@@ -1,0 +1,139 @@
+//! The program as a user or a script calls it. No Xen is needed: what would need it is the real
+//! `xl`'s, for which a script stands in.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a test")]
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Output;
+
+use assert_cmd::Command;
+
+fn rxl(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
+    command.env("RXL_XL", "/nonexistent/xl").args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// A script that prints its name and arguments, and ends with code 3.
+fn fake_xl() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("xl");
+    std::fs::write(&path, "#!/bin/sh\nfor a; do echo \"[$a]\"; done\nexit 3\n").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    (dir, path)
+}
+
+#[test]
+fn every_other_verb_is_the_real_xls_with_all_its_arguments() {
+    let (_dir, xl) = fake_xl();
+    for args in [
+        &["-vv", "list", "-l", "a b"] as &[&str],
+        &["save", "-c", "dom", "file"],
+        &["vcpu-list", "--help"],
+        &["help", "list"],
+        &["migrate-receive", "-r", "-e"],
+        &["-f"],
+        &[],
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
+        let out = command.env("RXL_XL", &xl).args(args).output().unwrap();
+        let expected: String = args.iter().map(|a| format!("[{a}]\n")).collect();
+        assert_eq!((text(&out.stdout), out.status.code()), (expected, Some(3)), "{args:?}");
+    }
+}
+
+#[test]
+fn without_a_real_xl_the_error_names_what_was_looked_for() {
+    let out = rxl(&["list"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("running /nonexistent/xl"), "{out:?}");
+}
+
+#[test]
+fn an_xl_that_leads_back_to_rxl_is_found_out() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
+    let out = command.env("RXL_XL", env!("CARGO_BIN_EXE_rxl")).arg("list").output().unwrap();
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("leads back to rxl"), "{out:?}");
+}
+
+#[test]
+fn usage_errors_are_xls_words_and_exit_code_2() {
+    for (args, words) in [
+        (&["migrate"] as &[&str], "'xl migrate' requires at least 2 arguments."),
+        (&["migrate", "dom"], "'xl migrate' requires at least 2 arguments."),
+        (&["migrate", "-Z", "dom", "host"], "option `Z' not supported."),
+        (&["migrate", "dom", "host", "--frobnicate"], "option `--frobnicate' not supported."),
+        (&["migrate-receive", "-x"], "option `x' not supported."),
+        (&["resume"], "'xl resume' requires at least 1 argument."),
+    ] {
+        let out = rxl(args);
+        assert_eq!(out.status.code(), Some(2), "{args:?}");
+        assert_eq!(text(&out.stdout), "");
+        let stderr = text(&out.stderr);
+        assert!(stderr.starts_with(words), "{args:?}: {stderr}");
+        assert!(stderr.contains("Usage: "), "{stderr}");
+    }
+}
+
+#[test]
+fn help_names_rxls_verbs_and_says_whose_the_others_are() {
+    for args in [&["help"] as &[&str], &["--help"], &["-h"]] {
+        let out = rxl(args);
+        let help = text(&out.stdout);
+        assert_eq!(out.status.code(), Some(0));
+        assert!(help.contains("migrate-receive") && help.contains("Every other verb is xl's"));
+        assert!(!help.contains("domain-monitor"), "{help}");
+    }
+    for args in [&["migrate", "--help"] as &[&str], &["help", "migrate"]] {
+        let out = rxl(args);
+        assert_eq!(out.status.code(), Some(0));
+        let help = text(&out.stdout);
+        assert!(help.contains("--receiver <CMD>") && !help.contains("--live"), "{help}");
+    }
+    let version = format!("rxl {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(text(&rxl(&["--version"]).stdout), version);
+}
+
+#[test]
+fn completions_and_manual_name_the_verbs_and_options() {
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(text(&rxl(&["completions", shell]).stdout).contains("migrate-receive"), "{shell}");
+    }
+    let man = text(&rxl(&["man"]).stdout);
+    assert!(man.contains(".SH \"RXL MIGRATE\"") && man.contains("\\-\\-receiver"), "{man}");
+}
+
+#[test]
+fn a_dry_run_is_refused_as_xl_refuses_it() {
+    let out = rxl(&["-N", "migrate", "dom", "host"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("command does not implement -N (dryrun) option"));
+}
+
+#[test]
+fn without_xen_a_migration_fails_before_anything_is_started() {
+    if std::path::Path::new("/proc/xen/capabilities").exists() {
+        eprintln!("not tested: this host runs Xen");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let started = dir.path().join("started");
+    let transport = format!("touch {}", started.display());
+    let out = rxl(&["migrate", "-s", "", "dom", &transport]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("rxl: "), "{out:?}");
+    assert!(!started.exists());
+    let out = rxl(&["migrate-receive"]);
+    assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(1), ""));
+}
+
+#[test]
+fn the_save_helper_refuses_arguments_that_libxl_does_not_pass() {
+    let out = rxl(&["--save-domain", "1"]);
+    assert_eq!(out.status.code(), Some(1));
+    assert!(text(&out.stderr).contains("--save-domain takes 6 numbers, not 1"), "{out:?}");
+}
