@@ -1,8 +1,9 @@
 //! This host's Xen behind the engine's traits.
 //!
 //! [`xc`] implements `rxl_migrate::hypervisor` with the stable Xen libraries; [`libxl`] implements
-//! [`lifecycle`] with the host's libxl, loaded at run time; [`save_helper`] is what libxl runs to
-//! move a stream, and [`abort`] how that is stopped. The only `unsafe` outside `xen-sys` is in
+//! [`lifecycle`] with the host's libxl, loaded at run time. The save helper, which libxl runs to
+//! move a stream, is `rxl`; [`abort`] is how it is stopped and [`inherit`] how it is handed more
+//! than libxl's arguments. The only `unsafe` outside `xen-sys` is in
 //! `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name and say why.
 #![deny(unsafe_code)]
 
