@@ -171,7 +171,9 @@ mod tests {
         }
 
         #[test]
-        fn bytes_of_the_hypercall_are_bit_n_for_pfn_n(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+        fn bytes_of_the_hypercall_are_bit_n_for_pfn_n(
+            bytes in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
             let len = bytes.len() as u64 * 8;
             let mut map = PageBitmap::new(len);
             map.load_le_bytes(&bytes);

@@ -83,7 +83,8 @@ pub enum GuestError {
     /// A page table that could not be normalised although the guest is suspended. Sending the
     /// guest without it would lose it, so this is fatal.
     #[error(
-        "page table pfn {pfn} (level {level}) holds mfn {mfn:#x} at entry {entry}, which is not in its physical map"
+        "page table pfn {pfn} (level {level}) holds mfn {mfn:#x} at entry {entry}, which is not \
+         in its physical map"
     )]
     Table {
         /// The table.

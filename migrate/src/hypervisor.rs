@@ -1,7 +1,7 @@
 //! What the engine needs of a hypervisor, a toolstack and a stream: traits only.
 //!
-//! `toolstack` implements them for this host's Xen; the fake in `migrate`'s tests models them in memory for the
-//! tests. Nothing here says how a request reaches Xen: the numbers of hypercalls and the layouts
+//! `toolstack` implements them for this host's Xen; `fake` models them in memory for tests.
+//! Nothing here says how a request reaches Xen: the numbers of hypercalls and the layouts
 //! of their structures belong to the implementor. Layouts that are also *stream* formats (vCPU
 //! contexts, CPU policy arrays, HVM context) pass through as bytes.
 //!
@@ -270,7 +270,8 @@ pub trait SourceDomain: Domain {
 pub enum PolicyError {
     /// This host's CPU, Xen or settings lack what the guest was promised.
     #[error(
-        "this host cannot give the guest the CPU it had: leaf {leaf:#x}, subleaf {subleaf:#x}, MSR {msr:#x} (all ones: not that)"
+        "this host cannot give the guest the CPU it had: leaf {leaf:#x}, subleaf {subleaf:#x}, \
+         MSR {msr:#x} (all ones: not that)"
     )]
     Refused {
         /// CPUID leaf at fault, or all ones.

@@ -87,7 +87,8 @@ impl GuestSpec {
         format!(
             "name = \"{}\"\ntype = \"{kind}\"\nmemory = {mem}\nmaxmem = {mem}\nvcpus = {}\n\
              kernel = \"{GUEST_KERNEL_PATH}\"\nramdisk = \"{initramfs}\"\nextra = \"{}\"\n\
-             on_poweroff = \"destroy\"\non_reboot = \"destroy\"\non_crash = \"preserve\"\n{devices}",
+             on_poweroff = \"destroy\"\non_reboot = \"destroy\"\non_crash = \"preserve\"\n\
+             {devices}",
             self.name,
             self.vcpus,
             self.command_line(),

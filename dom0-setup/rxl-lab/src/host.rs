@@ -136,7 +136,8 @@ impl Host {
         let (folder, _) = path.rsplit_once('/').context("A path on a host must be absolute")?;
         let (folder, draft, path) = (quote(folder), quote(&format!("{path}.new")), quote(path));
         let script = format!(
-            "mkdir -p {folder}/ && cat > {draft} && chmod {permissions} {draft} && mv {draft} {path}"
+            "mkdir -p {folder}/ && cat > {draft} && chmod {permissions} {draft} && \
+             mv {draft} {path}"
         );
         output_with_input(&mut self.command(&script), content)?;
         Ok(())

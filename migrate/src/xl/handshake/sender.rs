@@ -1,15 +1,15 @@
 //! The sending end of the conversation. Its rules are in the parent's documentation.
 //!
 //! ```text
-//!  New ─► AwaitBanner ─► Sending ─► AwaitReady ─► Renaming ─► Granting ─► AwaitReport ─► Destroying
-//!            │             │            │            │        │     │          │ │            │
-//!            │          Asking ───┐   │            │        │     │          │ ▼            ▼
-//!            ▼             │        ▼   ▼            ▼        │     │          │ AwaitDestroyed
-//!          Kept ◄──────────┘      Resuming ◄── RenamingBack ◄─┘     │          │      │    Moved
-//!            ▲                      │   │        (not tried)  ▲     │          │      │
-//!            └──────────────────────┘   ▼                     │     ▼          ▼      ▼
-//!                                  NotResumed                 │     Uncertain (stays suspended)
-//!                                                             └── received Destroyed ─┘
+//! New ─► AwaitBanner ─► Sending ─► AwaitReady ─► Renaming ─► Granting ─► AwaitReport ─► Destroying
+//!           │             │            │            │        │     │          │ │            │
+//!           │          Asking ───┐   │            │        │     │          │ ▼            ▼
+//!           ▼             │        ▼   ▼            ▼        │     │          │ AwaitDestroyed
+//!         Kept ◄──────────┘      Resuming ◄── RenamingBack ◄─┘     │          │      │    Moved
+//!           ▲                      │   │        (not tried)  ▲     │          │      │
+//!           └──────────────────────┘   ▼                     │     ▼          ▼      ▼
+//!                                 NotResumed                 │     Uncertain (stays suspended)
+//!                                                            └── received Destroyed ─┘
 //! ```
 
 use super::{Message, report_status};

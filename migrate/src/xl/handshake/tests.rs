@@ -487,7 +487,9 @@ proptest! {
         };
         let started = if stay_paused { Copy::Held } else { Copy::Runs };
         match end {
-            SenderEnd::Moved => prop_assert_eq!((world.source, world.target), (Copy::None, started)),
+            SenderEnd::Moved => {
+                prop_assert_eq!((world.source, world.target), (Copy::None, started));
+            }
             SenderEnd::MovedWithRemains => prop_assert_eq!(world.target, started),
             SenderEnd::Kept(_) => prop_assert_eq!(world.source, Copy::Runs),
             SenderEnd::NotResumed(_) => prop_assert_ne!(world.target, Copy::Runs),
