@@ -128,7 +128,8 @@ fn crates_depend_on_each_other_only_as_the_design_says() {
         };
         for dependency in package["dependencies"].as_array().unwrap() {
             let other = text(dependency, "name");
-            if names.contains(other) && !allowed.contains(&other) {
+            // A crate may name itself, to test with a feature on.
+            if names.contains(other) && other != name && !allowed.contains(&other) {
                 offences.push(format!("{name} may not depend on {other}"));
             }
         }
@@ -165,9 +166,10 @@ fn the_engine_builds_where_no_xen_library_is_installed() {
     assert_none(&offences, "crates behind rxl-migrate that link a C library");
 }
 
-/// Whether code, not a comment, says `unsafe`.
+/// Whether code, not a comment or a string, says `unsafe`.
 fn says_unsafe(line: &str) -> bool {
-    let code = line.split("//").next().unwrap_or("");
+    let outside_strings: String = line.split('"').step_by(2).collect();
+    let code = outside_strings.split("//").next().unwrap_or("");
     let mut words = code.split(|c: char| !c.is_alphanumeric() && c != '_');
     words.any(|word| word == "unsafe")
 }
