@@ -18,7 +18,7 @@ use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use libloading::Library;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use rxl_xen_sys::libxl as xl;
 use rxl_xen_sys::stable::{self, xentoollog_logger};
 
@@ -139,16 +139,37 @@ static CHILD_HOOKS: xl::libxl_childproc_hooks = xl::libxl_childproc_hooks {
 
 /// What libxl calls for `fork`: it forks, and notes the child as the operation's save helper if
 /// it is the first one. `user` is the [`HelperSlot`].
+///
+/// The child gets SIGTERM's default action before it can get the signal: until it has become the
+/// helper it would otherwise run this program's handler, which takes the signal away from it.
 unsafe extern "C" fn fork_and_note(user: *mut c_void) -> libc::pid_t {
-    // SAFETY: the child returns to libxl, which only sets up descriptors and execs; nothing of
-    // this program runs in it.
+    let before = hold_back_sigterm();
+    // SAFETY: the child returns to libxl, which only sets up descriptors and execs; of this
+    // program nothing runs in it but the system calls below.
     let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: async-signal-safe, and the handler is this process's alone now.
+        unsafe { libc::signal(libc::SIGTERM, libc::SIG_DFL) };
+    }
+    // SAFETY: as `errno` of a fork that failed is libxl's, which this keeps: it cannot fail.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
     if let Some(child) = Pid::from_raw(pid).filter(|_| pid > 0) {
         // SAFETY: `user` is what `Context::open` gave, and outlives the context that calls this.
         let slot = unsafe { &*user.cast_const().cast::<HelperSlot>() };
         slot.note(child);
     }
     pid
+}
+
+/// Blocks SIGTERM in this thread; the mask from before comes back.
+fn hold_back_sigterm() -> libc::sigset_t {
+    // SAFETY: a set of signals is plain bits.
+    let (mut term, mut before) = unsafe { std::mem::zeroed::<(libc::sigset_t, libc::sigset_t)>() };
+    // SAFETY: a set on this stack and a valid signal.
+    unsafe { libc::sigaddset(&raw mut term, libc::SIGTERM) };
+    // SAFETY: sets on this stack.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const term, &raw mut before) };
+    before
 }
 
 /// Which process is the save helper of the operation that runs.
@@ -161,15 +182,29 @@ enum Helper {
     #[default]
     Unknown,
     /// The next child will be it: libxl forks nothing else before it in a save or restore.
-    Awaited,
+    Awaited {
+        /// Whether it gets its SIGTERM as soon as it exists.
+        doomed: bool,
+    },
     /// A pidfd of it, which never means another process.
     Runs(OwnedFd),
+}
+
+/// What became of a [`HelperSlot::terminate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// The helper has its SIGTERM.
+    Now,
+    /// It will have it when it starts.
+    Later,
+    /// There is no helper (any more).
+    Nobody,
 }
 
 impl HelperSlot {
     /// The next child is the helper.
     pub(super) fn expect(&self) {
-        *self.lock() = Helper::Awaited;
+        *self.lock() = Helper::Awaited { doomed: false };
     }
 
     /// The operation is over.
@@ -177,21 +212,28 @@ impl HelperSlot {
         *self.lock() = Helper::Unknown;
     }
 
-    /// Sends the helper SIGTERM. `false`: there is none (any more, or yet).
-    pub(super) fn terminate(&self) -> bool {
-        match &*self.lock() {
-            Helper::Runs(pidfd) => pidfd_send_signal(pidfd, Signal::TERM).is_ok(),
-            Helper::Unknown | Helper::Awaited => false,
+    /// Has the helper get a SIGTERM.
+    pub(super) fn terminate(&self) -> Told {
+        match &mut *self.lock() {
+            Helper::Awaited { doomed } => {
+                *doomed = true;
+                Told::Later
+            }
+            Helper::Runs(pidfd) if pidfd_send_signal(&*pidfd, Signal::TERM).is_ok() => Told::Now,
+            Helper::Runs(_) | Helper::Unknown => Told::Nobody,
         }
     }
 
+    /// Libxl's child: the first one is the helper. It is not reaped before this returns, so its
+    /// pid is still its own.
     fn note(&self, child: Pid) {
         let mut helper = self.lock();
-        if matches!(*helper, Helper::Awaited) {
-            // The child is not reaped before this returns, so the pid is still its own. A kernel
-            // without pidfds (before 5.3) leaves cancelling to libxl_ao_abort.
-            *helper = pidfd_open(child, PidfdFlags::empty()).map_or(Helper::Unknown, Helper::Runs);
+        let Helper::Awaited { doomed } = *helper else { return };
+        if doomed && let Err(e) = kill_process(child, Signal::TERM) {
+            tracing::error!("libxl's save helper cannot be told to end: {e}");
         }
+        // A kernel without pidfds (before 5.3) leaves cancelling to libxl_ao_abort.
+        *helper = pidfd_open(child, PidfdFlags::empty()).map_or(Helper::Unknown, Helper::Runs);
     }
 
     fn lock(&self) -> MutexGuard<'_, Helper> {
@@ -229,27 +271,39 @@ mod tests {
         Pid::from_raw(pid).unwrap()
     }
 
-    fn end(pid: Pid) -> Option<i32> {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
+    fn wait(pid: Pid) -> Option<i32> {
         let options = rustix::process::WaitOptions::empty();
         let (_, status) = rustix::process::waitpid(Some(pid), options).unwrap().unwrap();
         status.terminating_signal()
     }
 
+    fn kill(pid: Pid) -> Option<i32> {
+        kill_process(pid, Signal::KILL).unwrap();
+        wait(pid)
+    }
+
+    const TERM: Option<i32> = Some(libc::SIGTERM);
+    const KILL: Option<i32> = Some(libc::SIGKILL);
+
     #[test]
     fn the_first_child_of_an_operation_gets_the_sigterm_and_later_ones_do_not() {
         let slot = HelperSlot::default();
-        assert!(!slot.terminate());
+        assert_eq!(slot.terminate(), Told::Nobody);
         slot.expect();
-        assert!(!slot.terminate());
         let helper = fork_a_sleeper(&slot);
         let other = fork_a_sleeper(&slot);
-        assert!(slot.terminate());
-        let options = rustix::process::WaitOptions::empty();
-        let (_, status) = rustix::process::waitpid(Some(helper), options).unwrap().unwrap();
-        assert_eq!(status.terminating_signal(), Some(Signal::TERM.as_raw()));
-        assert!(!slot.terminate(), "a reaped process cannot be signalled");
-        assert_eq!(end(other), Some(Signal::KILL.as_raw()));
+        assert_eq!(slot.terminate(), Told::Now);
+        assert_eq!(wait(helper), TERM);
+        assert_eq!(slot.terminate(), Told::Nobody, "a reaped process cannot be signalled");
+        assert_eq!(kill(other), KILL);
+    }
+
+    #[test]
+    fn a_helper_that_is_yet_to_start_gets_its_sigterm_then() {
+        let slot = HelperSlot::default();
+        slot.expect();
+        assert_eq!(slot.terminate(), Told::Later);
+        assert_eq!(wait(fork_a_sleeper(&slot)), TERM);
     }
 
     #[test]
@@ -258,8 +312,8 @@ mod tests {
         slot.expect();
         slot.forget();
         let child = fork_a_sleeper(&slot);
-        assert!(!slot.terminate());
-        assert_eq!(end(child), Some(Signal::KILL.as_raw()));
+        assert_eq!(slot.terminate(), Told::Nobody);
+        assert_eq!(kill(child), KILL);
     }
 
     #[test]

@@ -372,7 +372,6 @@ impl Context {
         fd: BorrowedFd<'_>,
         flags: u32,
         id: u64,
-        started: impl FnOnce(),
     ) -> RcResult<()> {
         let how = named(id);
         let flags = flags.cast_signed();
@@ -383,7 +382,6 @@ impl Context {
             let api = &self.api;
             api.libxl_domain_suspend(self.raw(), id32, fd.as_raw_fd(), flags, &raw const how)
         })?;
-        started();
         self.wait_operation(id)
     }
 
@@ -394,7 +392,6 @@ impl Context {
         config: &Config<'_>,
         fd: BorrowedFd<'_>,
         id: u64,
-        started: impl FnOnce(),
     ) -> (RcResult<()>, Option<DomId>) {
         let room = Room::<u32, OTHER_ROOM>::new();
         // SAFETY: room for a number, written before libxl knows of it.
@@ -418,7 +415,6 @@ impl Context {
         if let Err(rc) = begun {
             return (Err(rc), None);
         }
-        started();
         let result = self.wait_operation(id);
         // SAFETY: written above, and by libxl at the operation's end.
         let domid = unsafe { room.as_ptr().read_volatile() };

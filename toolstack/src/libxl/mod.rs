@@ -26,6 +26,7 @@ mod library;
 mod memory;
 pub mod monitor;
 mod operation;
+mod start;
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -43,6 +44,7 @@ use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result, ShortOfMe
 use ctx::Context;
 use ffi::{DomainInfo, Rc};
 use operation::Operations;
+use start::StartError;
 
 /// Why libxl cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -193,9 +195,12 @@ impl Lifecycle for Libxl {
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, debug: bool) -> Result<()> {
         let flags = if live { xl::LIBXL_SUSPEND_LIVE } else { 0 }
             | if debug { xl::LIBXL_SUSPEND_DEBUG } else { 0 };
-        let saved = self
-            .operations
-            .run(&self.context, |id, started| self.context.suspend(domain, fd, flags, id, started));
+        if start::is_broken(fd) {
+            let what = format!("saving domain {domain} (nobody reads its stream)");
+            return Err(LifecycleError { what, rc: xl::ERROR_FAIL });
+        }
+        let save = |id| self.context.suspend(domain, fd, flags, id);
+        let saved = self.operations.run(&self.context, save);
         saved.map_err(|rc| failed(rc, || format!("saving domain {domain}")))
     }
 
@@ -204,15 +209,23 @@ impl Lifecycle for Libxl {
     }
 
     fn restore(&self, config: &str, fd: BorrowedFd<'_>) -> Result<DomId> {
-        let restored = self.operations.run(&self.context, |id, started| {
+        let _reservation = self.reservation.take();
+        match start::check(fd, || self.operations.is_cancelled()) {
+            // What was cancelled ends in `run`.
+            Ok(()) | Err(StartError::Cancelled) => {}
+            Err(e) => {
+                let what = format!("restoring the domain ({e})");
+                return Err(LifecycleError { what, rc: xl::ERROR_INVAL });
+            }
+        }
+        let restored = self.operations.run(&self.context, |id| {
             let config = self.context.config_from_json(config)?;
-            let (result, domain) = self.context.restore(&config, fd, id, started);
+            let (result, domain) = self.context.restore(&config, fd, id);
             if let (Err(_), Some(domain)) = (result, domain) {
                 self.clear_away(domain);
             }
             result.and_then(|()| domain.ok_or(xl::ERROR_FAIL))
         });
-        self.reservation.replace(None);
         restored.map_err(|rc| failed(rc, || "restoring the domain".to_owned()))
     }
 

@@ -54,17 +54,22 @@ enum Action {
 }
 
 impl Action {
-    /// As the configuration says; where it does not, xl.cfg(5)'s defaults.
+    /// As the configuration says. Where it says nothing, that is `destroy`: libxl's JSON leaves
+    /// out what has the default of `libxl_action_on_shutdown`. (The other defaults of xl.cfg(5)
+    /// are xl's, which writes them down.) An action of a newer libxl is not guessed at.
     fn of(reason: u8, config: &DomainConfig) -> Action {
-        let (field, default) = match i32::from(reason) {
-            xl::LIBXL_SHUTDOWN_REASON_POWEROFF => ("on_poweroff", Action::Destroy),
-            xl::LIBXL_SHUTDOWN_REASON_REBOOT => ("on_reboot", Action::Restart),
-            xl::LIBXL_SHUTDOWN_REASON_CRASH => ("on_crash", Action::Destroy),
-            xl::LIBXL_SHUTDOWN_REASON_WATCHDOG => ("on_watchdog", Action::Destroy),
-            xl::LIBXL_SHUTDOWN_REASON_SOFT_RESET => ("on_soft_reset", Action::SoftReset),
+        let field = match i32::from(reason) {
+            xl::LIBXL_SHUTDOWN_REASON_POWEROFF => "on_poweroff",
+            xl::LIBXL_SHUTDOWN_REASON_REBOOT => "on_reboot",
+            xl::LIBXL_SHUTDOWN_REASON_CRASH => "on_crash",
+            xl::LIBXL_SHUTDOWN_REASON_WATCHDOG => "on_watchdog",
+            xl::LIBXL_SHUTDOWN_REASON_SOFT_RESET => "on_soft_reset",
             _ => return Action::Destroy,
         };
-        config.field(field).and_then(Action::named).unwrap_or(default)
+        match config.field(field) {
+            None => Action::Destroy,
+            Some(name) => Action::named(name).unwrap_or(Action::Preserve),
+        }
     }
 
     /// From libxl's name of a `libxl_action_on_shutdown`.
@@ -260,13 +265,16 @@ mod tests {
     }
 
     #[test]
-    fn without_a_setting_xl_cfgs_defaults_hold() {
-        let config = config(r#","on_crash":"something new""#);
-        assert_eq!(Action::of(POWEROFF, &config), Action::Destroy);
-        assert_eq!(Action::of(REBOOT, &config), Action::Restart);
-        assert_eq!(Action::of(CRASH, &config), Action::Destroy);
-        assert_eq!(Action::of(WATCHDOG, &config), Action::Destroy);
-        assert_eq!(Action::of(SOFT_RESET, &config), Action::SoftReset);
+    fn what_libxl_leaves_out_is_destroy() {
+        for reason in [POWEROFF, REBOOT, CRASH, WATCHDOG, SOFT_RESET] {
+            assert_eq!(Action::of(reason, &config("")), Action::Destroy);
+        }
+    }
+
+    #[test]
+    fn an_action_that_is_not_known_leaves_the_domain_alone() {
+        let config = config(r#","on_crash":"something_new""#);
+        assert_eq!(Action::of(CRASH, &config), Action::Preserve);
     }
 
     #[test]
