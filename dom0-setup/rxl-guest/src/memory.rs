@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 
 use crate::pattern::{Content, PAGE_WORDS};
+use crate::ticker::sleep_to_next;
 
 pub(crate) const PAGE_BYTES: usize = PAGE_WORDS * size_of::<u64>();
 
@@ -20,10 +20,10 @@ const STRIPES: usize = 64;
 /// Bad pages that are remembered one by one.
 const BAD_PAGES_MAX: usize = 1 << 16;
 
-/// The background check looks at this many pages, then sleeps: 64 pages a second, little enough
+/// The background check looks at this many pages, then sleeps: 32 pages a second, little enough
 /// to be lost in the noise of an emulated machine.
 const BACKGROUND_BATCH: usize = 32;
-const BACKGROUND_SLEEP: Duration = Duration::from_millis(500);
+const BACKGROUND_SLEEP: Duration = Duration::from_secs(1);
 
 /// Pages with known content. What each should hold is in a table apart from them.
 pub(crate) struct GuestMemory {
@@ -90,7 +90,7 @@ impl GuestMemory {
         for (count, page) in (0..self.pages()).cycle().enumerate() {
             self.check(page);
             if count % BACKGROUND_BATCH == 0 {
-                thread::sleep(BACKGROUND_SLEEP);
+                sleep_to_next(BACKGROUND_SLEEP);
             }
         }
     }

@@ -15,7 +15,7 @@ pub(crate) struct Options {
     pub(crate) content: Content,
     /// `rxl.seed`: start of all pseudo-random content.
     pub(crate) seed: u64,
-    /// `rxl.tick_ms`: sleep between two looks at the clock.
+    /// `rxl.tick_ms`: time between two looks at the clock, and between two bursts of rewriting.
     pub(crate) tick: Duration,
     /// `rxl.status_s`: time between two status lines.
     pub(crate) status_interval: Duration,
@@ -40,8 +40,8 @@ impl Options {
             working_set_mib: number("working_set", 0),
             content: value("content").and_then(Content::parse).unwrap_or(Content::Random),
             seed: number("seed", 1),
-            tick: Duration::from_millis(number("tick_ms", 10).max(1)),
-            status_interval: Duration::from_secs(number("status_s", 10).max(1)),
+            tick: Duration::from_millis(number("tick_ms", 20).max(1)),
+            status_interval: Duration::from_secs(number("status_s", 30).max(1)),
             ignore_suspend: number("no_suspend", 0) == 1,
         }
     }

@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::memory::{GuestMemory, PAGE_BYTES};
 use crate::options::Options;
-
-/// Time between two bursts: long enough to let the vCPU sleep.
-const INTERVAL: Duration = Duration::from_millis(20);
+use crate::ticker::sleep_to_next;
 
 /// After a longer delay the missed pages are dropped rather than written in one burst, so that a
 /// guest that stood still does not come back with a flood.
@@ -19,6 +16,8 @@ const CATCH_UP_MAX: Duration = Duration::from_millis(500);
 pub(crate) struct Writer {
     memory: Arc<GuestMemory>,
     pages_per_s: u64,
+    /// Time between two bursts, the same as between two ticks.
+    interval: Duration,
     working_set: usize,
     written: AtomicU64,
 }
@@ -32,7 +31,13 @@ impl Writer {
             Ok(pages) => pages.min(all),
         };
         let pages_per_s = options.dirty_pages_per_s;
-        Self { memory, pages_per_s, working_set, written: AtomicU64::new(0) }
+        Self {
+            memory,
+            pages_per_s,
+            interval: options.tick,
+            working_set,
+            written: AtomicU64::new(0),
+        }
     }
 
     /// Pages written since the start.
@@ -61,7 +66,7 @@ impl Writer {
         let mut begin = Instant::now();
         let mut written = 0;
         loop {
-            thread::sleep(INTERVAL);
+            sleep_to_next(self.interval);
             let due = pages_due(begin.elapsed(), self.pages_per_s);
             if due - written > pages_due(CATCH_UP_MAX, self.pages_per_s).max(1) {
                 begin = Instant::now();
