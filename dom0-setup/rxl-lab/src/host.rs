@@ -164,7 +164,8 @@ impl Host {
             .arg("-o")
             .arg(format!("UserKnownHostsFile={}", self.known_hosts.display()))
             .args(["-o", "GlobalKnownHostsFile=/dev/null", "-o", "BatchMode=yes"])
-            .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"])
+            .args(["-o", "LogLevel=ERROR", "-o", "ConnectTimeout=30"])
+            .args(["-o", "Ciphers=aes128-ctr"])
             .args(["-o", "ControlMaster=auto", "-o", "ControlPersist=yes", "-S"])
             .arg(&self.control_socket)
             .arg(self.address(0));

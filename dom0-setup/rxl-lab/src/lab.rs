@@ -258,23 +258,34 @@ fn wait_for_boot(machine: &Machine<'_>, host: &Host, process: ProcessId) -> Resu
     )
 }
 
-/// Ends the recorded processes and removes the network. Kills nothing that is not on record.
+/// Ends the lab's processes and removes its network.
 fn stop_all(store: &Store) -> Result<()> {
     if let Some(state) = State::load(store)? {
-        for (_, process) in (1..).zip(&state.processes) {
+        for process in &state.processes {
             process.end(Duration::from_secs(5))?;
         }
-        close_connections(store);
     }
-    let leftover = network::pids()?;
-    network::remove()?;
+    close_connections(store);
+    let leftover = end_unrecorded(store)?;
     if !leftover.is_empty() {
-        bail!(
-            "Processes that this lab has no record of still use its network: {}",
-            leftover.join(" ")
-        );
+        bail!("Processes that are not the lab's use its network: {}", leftover.join(" "));
     }
-    Ok(())
+    network::remove()
+}
+
+/// Ends what a command that died left behind, and ssh of commands that still wait for a host; gives
+/// the pids of others. A process is the lab's if it is in the lab's namespace *and* its command
+/// line names the lab's state folder.
+fn end_unrecorded(store: &Store) -> Result<Vec<String>> {
+    let state_dir = store.state_dir();
+    for pid in network::pids()? {
+        // One that has ended in the meantime is no error.
+        let Ok(process) = ProcessId::of(pid.parse()?) else { continue };
+        if process.command_line_names(&state_dir) {
+            process.end(Duration::from_secs(2))?;
+        }
+    }
+    network::pids()
 }
 
 fn close_connections(store: &Store) {

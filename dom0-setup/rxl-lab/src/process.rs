@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -106,6 +107,13 @@ impl ProcessId {
     /// Whether this very process still runs.
     pub(crate) fn is_alive(self) -> bool {
         start_ticks(self.pid) == Some(self.start_ticks)
+    }
+
+    /// Whether the process's command line has a path below `dir` in it.
+    pub(crate) fn command_line_names(self, dir: &Path) -> bool {
+        let line = fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
+        let wanted = format!("{}/", dir.display());
+        self.is_alive() && String::from_utf8_lossy(&line).contains(&wanted)
     }
 
     /// Ends the process: SIGTERM, and SIGKILL if it is still there after `grace`.
