@@ -12,7 +12,7 @@ use crate::host::{Host, HostFiles};
 use crate::image::Images;
 use crate::network;
 use crate::process::{ProcessId, last_lines};
-use crate::progress::step;
+use crate::progress::{note, step};
 use crate::qemu::Machine;
 use crate::state::{Lock, Shape, State};
 use crate::store::Store;
@@ -267,10 +267,14 @@ fn stop_all(store: &Store) -> Result<()> {
     }
     close_connections(store);
     let leftover = end_unrecorded(store)?;
+    network::remove()?;
     if !leftover.is_empty() {
-        bail!("Processes that are not the lab's use its network: {}", leftover.join(" "));
+        note(&format!(
+            "processes that are not the lab's were in its network and are now cut off: {}",
+            leftover.join(" ")
+        ));
     }
-    network::remove()
+    Ok(())
 }
 
 /// Ends what a command that died left behind, and ssh of commands that still wait for a host; gives

@@ -23,6 +23,7 @@
 pub mod clock;
 mod cpio;
 mod debian;
+pub mod demo;
 mod guest;
 mod host;
 mod image;

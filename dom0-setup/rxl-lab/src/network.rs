@@ -61,6 +61,11 @@ pub(crate) fn create(plan: &Plan<'_>) -> Result<()> {
 /// Removes the namespace if it is there.
 pub(crate) fn remove() -> Result<()> {
     if exists() {
+        // A process that stays in the namespace would keep these alive after the name is gone.
+        let links = output(Command::new("ip").args(["-n", NAMESPACE, "-o", "link"]))?;
+        for link in own_links(&links) {
+            output(Command::new("ip").args(["-n", NAMESPACE, "link", "del", link]))?;
+        }
         output(Command::new("ip").args(["netns", "del", NAMESPACE]))?;
     }
     let is_unused = fs::read_dir(NAMESPACES_DIR).is_ok_and(|mut names| names.next().is_none());
@@ -83,6 +88,11 @@ pub(crate) fn pids() -> Result<Vec<String>> {
     }
     let listing = output(Command::new("ip").args(["netns", "pids", NAMESPACE]))?;
     Ok(listing.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+/// Names in a listing of `ip -o link` (`2: br0: <…`), but for the loopback device.
+fn own_links(listing: &str) -> impl Iterator<Item = &str> {
+    listing.lines().filter_map(|line| line.split(": ").nth(1)).filter(|name| *name != "lo")
 }
 
 fn taps(plan: &Plan<'_>) -> Vec<String> {
@@ -118,6 +128,12 @@ fn shaping(tap: &str, rate: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn test_own_links_loopback_is_left_out() {
+        let listing = "1: lo: <LOOPBACK> mtu 65536\n2: br0: <UP> mtu 1500\n";
+        assert_eq!(own_links(listing).collect::<Vec<_>>(), ["br0"]);
+    }
 
     #[test]
     fn test_ip_batch_two_hosts_has_bridge_and_taps_per_nic() {

@@ -18,3 +18,8 @@ pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
     }
     outcome
 }
+
+/// Prints a line that is worth reading though nothing failed.
+pub(crate) fn note(what: &str) {
+    eprintln!("lab:           {what}");
+}
