@@ -32,7 +32,7 @@ const ABI_TYPES: &[&str] = &[
 ];
 
 const ABI_CONSTANTS: &[&str] = &[
-    "DOMID_.*",
+    "DOMID_XEN",
     "GTF_permit_access",
     "HVMOP_[gs]et_param",
     "HVM_PARAM_.*",
@@ -56,7 +56,6 @@ const STABLE_FUNCTIONS: &[&str] = &[
     "xenforeignmemory_(open|close|map|unmap|map_resource|unmap_resource)",
     "xtl_createlogger_stdiostream",
     "xtl_logger_destroy",
-    "xtl_stdiostream_set_minlevel",
 ];
 
 const LIBXL_FUNCTIONS: &[&str] = &[

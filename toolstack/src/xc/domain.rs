@@ -153,6 +153,8 @@ fn describe(info: &abi::xen_domctl_getdomaininfo) -> DomainInfo {
 mod tests {
     use std::mem::offset_of;
 
+    use rxl_migrate::hypervisor::SHUTDOWN_SUSPEND;
+    use rxl_migrate::x86::hvm;
     use rxl_migrate::x86::pv::{VCPU_CONTEXT_BYTES, context, shared_info, start_info};
 
     use super::*;
@@ -179,7 +181,7 @@ mod tests {
         let expected = DomainInfo {
             hvm: true,
             paused: false,
-            shutdown: Some(rxl_migrate::hypervisor::SHUTDOWN_SUSPEND),
+            shutdown: Some(SHUTDOWN_SUSPEND),
             dying: false,
             total_pages: 1000,
             shared_info_mfn: 0,
@@ -223,5 +225,33 @@ mod tests {
         assert_eq!(offset_of!(Shared, arch.p2m_cr3), shared_info::P2M_CR3);
         assert_eq!(offset_of!(Shared, arch.p2m_vaddr), shared_info::P2M_VADDR);
         assert_eq!(offset_of!(Shared, arch.p2m_generation), shared_info::P2M_GENERATION);
+    }
+
+    #[test]
+    fn the_engines_numbers_are_the_headers() {
+        assert_eq!(u32::from(SHUTDOWN_SUSPEND), abi::SHUTDOWN_suspend);
+        assert_eq!(hvm::STORE_PFN, abi::HVM_PARAM_STORE_PFN);
+        assert_eq!(hvm::STORE_EVTCHN, abi::HVM_PARAM_STORE_EVTCHN);
+        assert_eq!(hvm::PAE_ENABLED, abi::HVM_PARAM_PAE_ENABLED);
+        assert_eq!(hvm::CONSOLE_EVTCHN, abi::HVM_PARAM_CONSOLE_EVTCHN);
+        let sent = [
+            abi::HVM_PARAM_STORE_PFN,
+            abi::HVM_PARAM_IOREQ_PFN,
+            abi::HVM_PARAM_BUFIOREQ_PFN,
+            abi::HVM_PARAM_PAGING_RING_PFN,
+            abi::HVM_PARAM_MONITOR_RING_PFN,
+            abi::HVM_PARAM_SHARING_RING_PFN,
+            abi::HVM_PARAM_VM86_TSS_SIZED,
+            abi::HVM_PARAM_CONSOLE_PFN,
+            abi::HVM_PARAM_ACPI_IOPORTS_LOCATION,
+            abi::HVM_PARAM_VIRIDIAN,
+            abi::HVM_PARAM_IDENT_PT,
+            abi::HVM_PARAM_VM_GENERATION_ID_ADDR,
+            abi::HVM_PARAM_IOREQ_SERVER_PFN,
+            abi::HVM_PARAM_NR_IOREQ_SERVER_PAGES,
+            abi::HVM_PARAM_X87_FIP_WIDTH,
+            abi::HVM_PARAM_MCA_CAP,
+        ];
+        assert_eq!(hvm::SENT, sent);
     }
 }

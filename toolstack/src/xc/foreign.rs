@@ -23,6 +23,9 @@ use super::handle::silent_logger;
 use super::hv;
 
 const MAP: &str = "xenforeignmemory_map";
+/// Frames have 40 bits, as many as a page-table entry has for them. The kernel of a PV dom0 cuts
+/// off the others, and would map a page that nobody asked for.
+const FRAMES_END: u64 = 1 << 40;
 
 /// An open handle of libxenforeignmemory.
 pub(super) struct ForeignHandle(NonNull<stable::xenforeignmemory_handle>);
@@ -60,6 +63,7 @@ impl ForeignHandle {
         if frames.is_empty() {
             return Ok(Mapping { pages: None });
         }
+        check_frames(frames).map_err(|e| hv(MAP, e))?;
         let (prot, writable) = match access {
             Access::Read => (libc::PROT_READ, false),
             Access::ReadWrite => (libc::PROT_READ | libc::PROT_WRITE, true),
@@ -97,6 +101,10 @@ impl Drop for ForeignHandle {
         // SAFETY: open, and nothing can use it any more; mappings hold an `Arc` of it.
         unsafe { stable::xenforeignmemory_close(self.raw()) };
     }
+}
+
+fn check_frames(frames: &[u64]) -> Result<(), Errno> {
+    if frames.iter().all(|frame| *frame < FRAMES_END) { Ok(()) } else { Err(Errno::INVAL) }
 }
 
 /// Guest frames in this process ([`ForeignPages`]). Unmapped when dropped. It may move to another
@@ -270,6 +278,13 @@ mod tests {
         assert!(got.0 == PageBuf::zeroed().0);
         assert_eq!(mapping.read_u64(2 * WORDS_PER_PAGE), 0);
         assert!(mapping.address(2).is_err() && mapping.address(1).is_ok());
+    }
+
+    #[test]
+    fn a_frame_that_the_kernel_would_cut_is_refused() {
+        assert_eq!(check_frames(&[0, FRAMES_END - 1]), Ok(()));
+        assert_eq!(check_frames(&[0, FRAMES_END]), Err(Errno::INVAL));
+        assert_eq!(check_frames(&[u64::MAX]), Err(Errno::INVAL));
     }
 
     #[test]

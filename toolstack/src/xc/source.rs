@@ -40,9 +40,10 @@ impl LiveDomain {
 impl SourceDomain for LiveDomain {
     fn log_dirty_on(&self) -> HvResult<()> {
         if let Err(first) = self.enable_log_dirty() {
-            // VRAM tracking of the device model may hold it.
-            tracing::debug!(error = %first.source, "log-dirty is refused; switching it off first");
-            self.log_dirty_off()?;
+            // VRAM tracking of the device model may hold it. Whether it could be taken away, the
+            // second try tells.
+            let off = self.log_dirty_off();
+            tracing::debug!(error = %first.source, ?off, "log-dirty was refused at first");
             self.enable_log_dirty()?;
         }
         Ok(())

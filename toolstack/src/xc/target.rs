@@ -34,12 +34,12 @@ impl LiveDomain {
         };
         // SAFETY: the buffer has room for `BATCH_PAGES_MAX` frames, and there are no more.
         let done = unsafe { self.xen.memory_op_with_pointer(op, &mut argument) }?;
-        let got = batch.words().take(pfns.len());
-        frames.extend(got);
+        let got = || batch.words().take(pfns.len());
         // Xen says how many it did before it ran out.
-        if done != pfns.len() as u64 || frames.contains(&INVALID_FRAME) {
+        if done != pfns.len() as u64 || got().any(|frame| frame == INVALID_FRAME) {
             return Err(hv(op.0, Errno::NOMEM));
         }
+        frames.extend(got());
         Ok(())
     }
 }
