@@ -1,6 +1,12 @@
 //! The sender and the receiver together: a guest that is saved on one modelled host and restored
 //! on another is the same guest, whatever it did meanwhile.
 
+#![allow(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "what is not there is to stop the test"
+)]
+
 use proptest::prelude::*;
 use rxl_migrate::error::{Error, GuestError};
 use rxl_migrate::fake::compare;

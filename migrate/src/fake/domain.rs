@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::pages::FakePages;
 use super::xen::{Dom, E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Guest, Xen};
 use crate::bitmap::PageBitmap;
-use crate::frame::{DomId, INVALID_FRAME, PAGE_SHIFT, PageType, Pfn};
+use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageType, Pfn};
 use crate::hypervisor::{
     Access, BATCH_PAGES_MAX, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
     SHUTDOWN_SUSPEND, SourceDomain, TargetDomain, TscInfo, VcpuState,
@@ -146,6 +146,12 @@ impl FakeDomain {
                 guest.hold_grant(xen);
             }
         });
+    }
+
+    /// The machine frame that `pfn` was populated with.
+    #[must_use]
+    pub fn populated_with(&self, pfn: Pfn) -> Option<Mfn> {
+        self.host.lock().dom(self.id.0).physmap.get(&pfn.0).copied().map(Mfn)
     }
 
     /// Extents of 2 MiB that it was given.

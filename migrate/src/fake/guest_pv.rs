@@ -12,7 +12,7 @@ use crate::x86::pv::{PTE_FRAME_MASK, start_info};
 pub(super) struct PvGuest {
     pub(super) id: u16,
     pub(super) rng: Rng,
-    /// What it has written into `leaves`.
+    /// What is, or will be, in `leaves`.
     pub(super) p2m: Vec<u64>,
     pub(super) leaves: Vec<u64>,
     pub(super) start_info: u64,
@@ -26,6 +26,8 @@ pub(super) struct PvGuest {
     pub(super) kernel: Vec<(usize, u64)>,
     /// Ordinary pages that it writes to.
     pub(super) data: Vec<u64>,
+    /// Pages that are mapped and not yet in the p2m that others see.
+    pub(super) unentered: Vec<u64>,
     /// pfns without memory.
     pub(super) holes: Vec<u64>,
     pub(super) processes: Vec<Process>,
@@ -67,7 +69,8 @@ impl PvGuest {
                 3 => self.end_process(xen),
                 4 => self.map_grant(xen),
                 5 => self.unmap_grant(xen),
-                6..=8 => self.map_page(xen),
+                6 => self.enter_pages(xen),
+                7..=9 => self.map_page(xen),
                 _ => self.write(xen),
             }
         }
@@ -78,6 +81,7 @@ impl PvGuest {
         while !self.grants.is_empty() {
             self.unmap_grant(xen);
         }
+        self.enter_pages(xen);
         self.update(xen, self.fixmap, 7, 0);
         let page = self.mfn(self.start_info);
         xen.guest_write(self.id, page, start_info::STORE_MFN / 8, self.store);
@@ -130,6 +134,11 @@ impl PvGuest {
 
     fn balloon_out(&mut self, xen: &mut Xen) {
         let pfn = self.take_unmapped(xen);
+        self.give_back(xen, pfn);
+    }
+
+    /// Gives back the memory of `pfn`, which no process maps.
+    fn give_back(&mut self, xen: &mut Xen, pfn: u64) {
         let mfn = self.mfn(pfn);
         self.map_directly(xen, pfn, None);
         self.set_p2m(xen, pfn, INVALID_FRAME);
@@ -144,10 +153,22 @@ impl PvGuest {
         let Ok(mfn) = xen.allocate(self.id) else { return };
         let pfn = self.holes.swap_remove(self.rng.index(self.holes.len()));
         xen.m2p[mfn as usize] = pfn;
-        self.set_p2m(xen, pfn, mfn);
+        // Its p2m may be the last to know: until then its tables make no sense to others.
+        self.p2m[pfn as usize] = mfn;
         self.map_directly(xen, pfn, Some(RW));
         xen.guest_write(self.id, mfn, 0, self.rng.next());
-        self.data.push(pfn);
+        self.unentered.push(pfn);
+        if self.rng.one_in(2) {
+            self.enter_pages(xen);
+        }
+    }
+
+    /// Enters new pages into the p2m, after which they are in use.
+    fn enter_pages(&mut self, xen: &mut Xen) {
+        while let Some(pfn) = self.unentered.pop() {
+            self.set_p2m(xen, pfn, self.mfn(pfn));
+            self.data.push(pfn);
+        }
     }
 
     fn map_page(&mut self, xen: &mut Xen) {
@@ -222,7 +243,7 @@ impl PvGuest {
         self.processes.push(process);
     }
 
-    /// Its tables become ordinary memory, mostly with what was in them.
+    /// Its tables become ordinary memory, with what was in them, or are given back.
     fn end_process(&mut self, xen: &mut Xen) {
         if self.processes.len() <= self.busy.max(1) {
             return;
@@ -238,7 +259,11 @@ impl PvGuest {
         }
         for table in process.tables() {
             self.map_directly(xen, table, Some(RW));
-            self.data.push(table);
+            if self.rng.one_in(3) {
+                self.give_back(xen, table);
+            } else {
+                self.data.push(table);
+            }
         }
     }
 }

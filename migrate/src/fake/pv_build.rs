@@ -161,6 +161,7 @@ impl<'a> Builder<'a> {
             fixmap,
             kernel,
             data: std::mem::take(&mut self.spare),
+            unentered: Vec::new(),
             holes: std::mem::take(&mut self.holes),
             busy: (self.spec.vcpus as usize).min(self.spec.processes),
             processes,

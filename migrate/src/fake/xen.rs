@@ -126,10 +126,12 @@ impl Xen {
         let mut free: Vec<u64> = (2..frames).collect();
         Rng::new(seed).shuffle(&mut free);
         let granted = free.split_off(free.len() - 4);
+        // It is mapped in whole pages. What is granted has pfns of its own in another domain.
+        let mut m2p = vec![INVALID_FRAME; frames.next_multiple_of(512) as usize];
+        (3..).zip(&granted).for_each(|(pfn, mfn)| m2p[*mfn as usize] = pfn);
         Xen {
             frames: (0..frames).map(blank).collect(),
-            // It is mapped in whole pages.
-            m2p: vec![INVALID_FRAME; frames.next_multiple_of(512) as usize],
+            m2p,
             free,
             domains: BTreeMap::new(),
             granted,

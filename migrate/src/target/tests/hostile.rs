@@ -94,7 +94,7 @@ fn entries_that_no_page_can_have_are_refused() {
         raw(&hvm, 5 << 60),             // reserved type
         raw(&hvm, 0xf << 60 | 1 << 52), // reserved bit
         raw(&hvm, 0xe << 60 | 1 << 36), // more than a guest can address
-        raw(&hvm, 0xf << 60 | (1 << 52) - 1),
+        raw(&hvm, 0xf00f_ffff_ffff_ffff),
         raw(&pv, 0xe << 60 | 16), // past the p2m
         raw(&pv, 0xf << 60 | 1 << 40),
     ] {
@@ -113,7 +113,6 @@ fn a_guest_larger_than_its_domain_is_the_hypervisors_to_refuse() {
     script.rewind();
     let many = (0..60_000).map(|pfn| PageEntry { pfn: Pfn(pfn << 20), kind: PageType::AllocOnly });
     script.entries(&many.collect::<Vec<_>>());
-    // The first of them is beyond what a guest can address only from 2^36 on.
     assert!(matches!(refusal(&script), Error::Hv(_)));
 }
 
@@ -242,7 +241,9 @@ proptest! {
     #[test]
     fn a_damaged_stream_never_makes_it_panic(
         hvm: bool,
-        damage in prop::collection::vec((any::<prop::sample::Index>(), 0_usize..48, any::<u8>()), 1..4),
+        damage in prop::collection::vec(
+            (any::<prop::sample::Index>(), 0_usize..48, any::<u8>()), 1..4,
+        ),
     ) {
         let mut script = if hvm { Script::hvm() } else { Script::pv() };
         for (record, offset, byte) in damage {
@@ -263,7 +264,9 @@ proptest! {
     ) {
         let mut table = PageBuf::zeroed();
         for (slot, pte) in ptes {
-            table.0[slot * 8..][..8].copy_from_slice(&(pte & !0xf_ffff_ffff_0000 | 1).to_le_bytes());
+            // Present, and of a pfn below 16.
+            let pte = pte & !0x000f_ffff_ffff_0000 | 1;
+            table.0[slot * 8..][..8].copy_from_slice(&pte.to_le_bytes());
         }
         let mut script = Script::pv();
         script.pages(&[(12, PageType::Table { level: 1, pinned: true }, table)]);

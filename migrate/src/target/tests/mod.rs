@@ -7,12 +7,13 @@ use script::{Script, WIRING, tables};
 
 use crate::error::{Error, GuestError};
 use crate::fake::{FakeDomain, FakeToolstack, Heard, Host};
-use crate::frame::{DomId, PageBuf, PageType, Pfn};
+use crate::frame::{DomId, Mfn, PageBuf, PageType, Pfn};
 use crate::hypervisor::{
-    Access, Domain, ForeignPages, LogLevel, PolicyError, SourceDomain, VcpuState,
+    Access, Domain, ForeignPages, LogLevel, PolicyError, SourceDomain, TargetDomain, VcpuState,
 };
 use crate::stream::libxc::{PageEntry, RecordKind};
 use crate::target::memory::{self, Populated, Space};
+use crate::target::p2m::P2m;
 use crate::target::{Outcome, restore};
 use crate::x86::hvm;
 use crate::x86::pv::{context, get_u64};
@@ -48,8 +49,7 @@ fn page(domain: &FakeDomain, frame: u64) -> Box<PageBuf> {
 
 /// The mfn of `pfn` in a restored PV domain.
 fn mfn(domain: &FakeDomain, pfn: u64) -> u64 {
-    let m2p = domain.map_m2p().unwrap();
-    (0..512).find(|mfn| m2p.read_u64(*mfn as usize) == pfn).expect("memory")
+    domain.populated_with(Pfn(pfn)).expect("memory").0
 }
 
 #[test]
@@ -233,9 +233,24 @@ fn memory_that_the_hypervisor_did_not_give_is_not_counted_on() {
 }
 
 #[test]
+fn a_frame_counts_only_if_the_m2p_knows_it_by_its_pfn() {
+    let domain = Host::new(64, 1).create(false, 4, 1);
+    let mfn = domain.populate(&[Pfn(3)], 0).unwrap()[0];
+    let mut p2m = P2m::new(domain.map_m2p().unwrap());
+    p2m.grow(8);
+    for (pfn, frame) in [(Pfn(4), mfn), (Pfn(3), u64::MAX - 1)] {
+        let error = GuestError::ForeignFrame { what: "new page", mfn: frame };
+        assert_eq!(p2m.set_frame(pfn, frame), Err(error));
+        assert_eq!(p2m.mfn(pfn), None);
+    }
+    p2m.set_frame(Pfn(3), mfn).unwrap();
+    assert_eq!(p2m.mfn(Pfn(3)), Some(Mfn(mfn)));
+}
+
+#[test]
 fn a_pv_guest_gets_a_width_only_if_it_has_the_wrong_one() {
     let (domain, mut toolstack) = target(false);
-    crate::hypervisor::TargetDomain::set_address_bits(&domain, 32).unwrap();
+    domain.set_address_bits(32).unwrap();
     restore(&domain, &mut Script::pv().wire(), &mut toolstack, &WIRING).unwrap();
     assert_eq!(domain.address_bits().unwrap(), 64);
     let (domain, ..) = restored(&Script::pv());
