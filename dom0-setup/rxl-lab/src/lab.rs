@@ -11,6 +11,7 @@ use crate::clock::{self, AGENT_PATH, ClockOffset};
 use crate::host::{Host, HostFiles};
 use crate::image::Images;
 use crate::network;
+use crate::plain;
 use crate::process::{ProcessId, last_lines};
 use crate::progress::{note, step};
 use crate::qemu::Machine;
@@ -171,7 +172,8 @@ impl Lab {
                 wait_for_boot(&lab.machine(host, &state_dir), host, process)
             })?;
             host.connect()?;
-            host.write_file(AGENT_PATH, "755", &fs::read(lab.images.clock_agent())?)
+            host.write_file(AGENT_PATH, "755", &fs::read(lab.images.clock_agent())?)?;
+            plain::install(host)
         })?;
         step("set the hosts' clocks", || lab.sync_clocks())?;
         state.is_up = true;

@@ -30,6 +30,7 @@ mod image;
 mod lab;
 mod migration;
 mod network;
+mod plain;
 mod process;
 mod progress;
 mod push;

@@ -11,6 +11,7 @@ use crate::guest::GuestKind;
 use crate::host::{Finished, Host};
 use crate::lab::Lab;
 use crate::network::{inside, tap_name};
+use crate::plain::CLIENT;
 use crate::process::output;
 
 /// Time that a migration may take in emulation.
@@ -24,6 +25,8 @@ const REPORT_PATH: &str = "/run/rxl-lab-report.json";
 pub enum Route {
     /// rxl at both ends.
     Rxl,
+    /// The same by ssh, as a user would; all others go without encryption (`lab-rsh`).
+    RxlBySsh,
     /// The stock xl at both ends.
     Xl,
     /// rxl sends, the stock xl receives.
@@ -59,20 +62,20 @@ pub struct Migration {
 impl Route {
     /// The command that moves `guest` to `target`, for the source host's shell.
     fn command(self, guest: &str, target: &str) -> String {
+        let rxl = format!("rxl migrate --report {REPORT_PATH}");
         match self {
-            Route::Rxl => format!("rxl migrate --report {REPORT_PATH} {guest} {target}"),
-            Route::Xl => format!("xl migrate {guest} {target}"),
-            Route::RxlToXl => {
-                format!("rxl migrate --receiver xl --report {REPORT_PATH} {guest} {target}")
-            }
+            Route::Rxl => format!("{rxl} -s {CLIENT} {guest} {target}"),
+            Route::RxlBySsh => format!("{rxl} {guest} {target}"),
+            Route::Xl => format!("xl migrate -s {CLIENT} {guest} {target}"),
+            Route::RxlToXl => format!("{rxl} -s {CLIENT} --receiver xl {guest} {target}"),
             Route::XlToRxl => {
-                format!("xl migrate -s '' {guest} 'exec ssh {target} rxl migrate-receive'")
+                format!("xl migrate -s '' {guest} 'exec {CLIENT} {target} rxl migrate-receive'")
             }
         }
     }
 
     fn sender_is_rxl(self) -> bool {
-        matches!(self, Route::Rxl | Route::RxlToXl)
+        matches!(self, Route::Rxl | Route::RxlBySsh | Route::RxlToXl)
     }
 }
 
@@ -80,6 +83,7 @@ impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Route::Rxl => "rxl",
+            Route::RxlBySsh => "rxl (ssh)",
             Route::Xl => "xl",
             Route::RxlToXl => "rxl->xl",
             Route::XlToRxl => "xl->rxl",
@@ -176,9 +180,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_command_names_the_receiver_that_the_route_wants() {
-        assert_eq!(Route::Xl.command("g", "host2"), "xl migrate g host2");
-        assert!(Route::RxlToXl.command("g", "host2").contains("--receiver xl"));
-        assert!(Route::XlToRxl.command("g", "host2").contains("ssh host2 rxl migrate-receive"));
+    fn test_command_names_the_transport_and_the_receiver_that_the_route_wants() {
+        assert_eq!(Route::Xl.command("g", "host2"), "xl migrate -s lab-rsh g host2");
+        assert!(Route::RxlToXl.command("g", "host2").contains(" -s lab-rsh --receiver xl "));
+        assert!(Route::XlToRxl.command("g", "host2").contains("lab-rsh host2 rxl migrate-receive"));
+        assert!(!Route::RxlBySsh.command("g", "host2").contains("-s"));
     }
 }
