@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use rxl_lab::{Finished, GuestKind, GuestSpec, Host, RXL_PATH};
+use rxl_lab::{Finished, GuestKind, GuestSpec, Host, RXL_PATH, quote};
 
 use crate::background::Background;
 use crate::lab::{Session, describe, spec};
@@ -191,28 +191,23 @@ fn mid_stream<'a>(session: &'a Session, guest: &str) -> Result<Background<'a>> {
     }
 }
 
-/// Kills the processes of a host whose command line matches a shell pattern.
-fn kill(host: &Host, pattern: &str) -> Result<()> {
-    let killed = host.run(&format!(
-        "for dir in /proc/[0-9]*; do \
-             words=$(tr '\\0' ' ' < $dir/cmdline 2>/dev/null); \
-             case $words in {pattern}) kill -9 ${{dir#/proc/}} && echo \"$words\" ;; esac; \
-         done"
-    ))?;
-    ensure!(!killed.trim().is_empty(), "nothing to kill on {}", host.name());
+/// Kills the processes of a host whose command line begins with `words`.
+fn kill(host: &Host, words: &str) -> Result<()> {
+    let pattern = quote(&format!("^{words}"));
+    let killed = host.run(&format!("pgrep -a -f {pattern}; pkill -9 -f {pattern}"))?;
     note(format!("killed on {}: {}", host.name(), killed.trim().replace('\n', "; ")));
     Ok(())
 }
 
 fn receiver_is_killed(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
-    kill(session.host(2)?, "'rxl migrate-receive'*")?;
+    kill(session.host(2)?, "rxl migrate-receive")?;
     expect_failure(&migration.finish(FAILURE_TIMEOUT)?, FAILED, &["did not take the domain", KEPT])
 }
 
 fn ssh_is_killed(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
-    kill(session.host(1)?, "'ssh host2 '*")?;
+    kill(session.host(1)?, "ssh host2 ")?;
     expect_failure(
         &migration.finish(FAILURE_TIMEOUT)?,
         FAILED,

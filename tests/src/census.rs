@@ -1,10 +1,13 @@
 //! What there is on a host, counted, so that counts from before and after can be compared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rxl_lab::Host;
 
+/// Time to count, on an emulated host.
+const TIMEOUT: Duration = Duration::from_secs(180);
 /// Memory that a process may have gained, in KiB: allocators keep what they have had.
 const PROCESS_MEMORY_SLACK_KIB: i64 = 1024;
 /// Mappings that a process may have gained: an allocator's.
@@ -51,7 +54,7 @@ impl Census {
     /// # Errors
     /// The host does not answer.
     pub fn take(host: &Host) -> Result<Census> {
-        Census::parse(&host.run(SCRIPT)?)
+        Census::parse(&host.run_within(SCRIPT, TIMEOUT)?)
     }
 
     /// Lines with the same label, of processes of the same name, are added up.
@@ -65,14 +68,11 @@ impl Census {
         Ok(Census(counts))
     }
 
-    /// A line for each count that is not the same in `after`, the ones that mean a leak marked,
-    /// and how many these are.
+    /// A line for each count, before and after, those that mean a leak marked; and how many leaks
+    /// there are.
     #[must_use]
     pub fn compare(&self, after: &Census) -> (Vec<String>, usize) {
-        let labels: Vec<_> = self.0.keys().chain(after.0.keys()).collect();
-        let mut labels: Vec<_> = labels.into_iter().collect();
-        labels.sort();
-        labels.dedup();
+        let labels: BTreeSet<_> = self.0.keys().chain(after.0.keys()).collect();
         let count = |census: &Census, label: &String| census.0.get(label).copied().unwrap_or(0);
         let mut leaks = 0;
         let mut lines = Vec::new();

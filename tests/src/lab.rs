@@ -169,19 +169,14 @@ impl Drop for Session {
     }
 }
 
-/// Prints the command lines of what takes part in a migration: rxl's and xl's verbs, and helpers
-/// under any name. What watches a domain for its whole life is not listed.
+/// Prints the command lines of what takes part in a migration: either end, guards, transports and
+/// helpers. A daemon called `xl migrate-receive` is none: stock's receiver becomes the process that
+/// watches the domain, and keeps its name.
 const MIGRATION_PROCESSES: &str = "\
-    for dir in /proc/[0-9]*; do \
-        words=$(tr '\\0' ' ' < $dir/cmdline 2>/dev/null); \
-        case $words in \
-            *' migrate '* | *' migrate-receive'* | *' domain-guard '*) ;; \
-            *' --save-domain '* | *' --restore-domain '*) ;; \
-            *) continue ;; \
-        esac; \
-        case $words in *'for dir in'* | sshd:*) continue ;; esac; \
-        echo \"process $words\"; \
-    done";
+    ps -eo ppid=,args= | \
+    grep -E '^ *[0-9]+ [^ ]*(xl|ssh|libxl-save-helper) ' | \
+    grep -E ' (migrate|migrate-receive|domain-guard|--save-domain|--restore-domain)( |$)' | \
+    grep -vE '^ *1 [^ ]*/xl migrate-receive' || true";
 
 /// A guest of the least memory that its kind boots with.
 #[must_use]
