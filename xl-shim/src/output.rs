@@ -32,10 +32,7 @@ impl Screen {
         match &*self.0 {
             Kind::Stderr { bar } => {
                 let bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
-                let print = || {
-                    // Nothing can be done about a standard error that is gone.
-                    let _ = writeln!(io::stderr(), "{text}");
-                };
+                let print = || stderr(text);
                 match bar.as_ref() {
                     Some(bar) => bar.suspend(print),
                     None => print(),
@@ -103,9 +100,11 @@ pub(crate) fn stdout(text: &str) {
     let _ = io::stdout().flush();
 }
 
-/// Writes a line to standard error, where there is no [`Screen`] yet.
+/// Writes a line to standard error, where there is no [`Screen`] yet. In one piece: the receiver
+/// writes to the same place.
 pub(crate) fn stderr(text: &str) {
-    let _ = writeln!(io::stderr(), "{text}");
+    // Nothing can be done about a standard error that is gone.
+    let _ = io::stderr().write_all(format!("{text}\n").as_bytes());
 }
 
 /// Whether standard error is a terminal.

@@ -83,7 +83,7 @@ impl Pair {
             domid: self.domid,
             name: NAME,
             target: "host2",
-            header: Header::new(&config).unwrap(),
+            header: &Header::new(&config).unwrap(),
             debug: false,
             channel: channel(wire, &self.source_gate),
             gate: &self.source_gate,
@@ -91,6 +91,7 @@ impl Pair {
             screen: &screen,
             timeline: &mut timeline,
             events: None,
+            save_error: None,
             details: Vec::new(),
         };
         let end = departure.run().unwrap();

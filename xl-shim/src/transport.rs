@@ -134,9 +134,10 @@ pub(crate) fn explain(status: ExitStatus, rune: &Rune<'_>) -> Option<String> {
     let what = if rune.ssh.is_empty() { "the transport" } else { rune.ssh };
     match (status.code(), status.signal()) {
         (Some(0), _) => None,
-        (Some(255), _) if !rune.ssh.is_empty() => {
-            Some(format!("{what} could not reach {} (exit status 255)", rune.host))
-        }
+        (Some(255), _) if !rune.ssh.is_empty() => Some(format!(
+            "{what} could not reach {} or lost the connection (exit status 255)",
+            rune.host
+        )),
         (Some(127), _) if !rune.ssh.is_empty() => {
             Some(format!("no receiver was found on {} (exit status 127)", rune.host))
         }

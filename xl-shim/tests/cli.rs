@@ -137,3 +137,11 @@ fn the_save_helper_refuses_arguments_that_libxl_does_not_pass() {
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("--save-domain takes 6 numbers, not 1"), "{out:?}");
 }
+
+#[test]
+fn a_guard_that_is_told_to_stand_down_leaves_without_asking_xen() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
+    let args = ["domain-guard", "source", "--", "web", "5"];
+    let out = command.args(args).write_stdin("x").output().unwrap();
+    assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(0), b"".as_slice()));
+}

@@ -8,7 +8,7 @@ use std::io;
 use rxl_migrate::frame::DomId;
 use rxl_migrate::xl::handshake::{Message, Sender, SenderAction, SenderEnd, SenderEvent};
 use rxl_migrate::xl::header::Header;
-use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
+use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::channel::{Channel, Heard, Said, Until};
 use crate::events::EventsWriter;
@@ -24,7 +24,7 @@ pub(crate) struct Departure<'a> {
     pub(crate) name: &'a str,
     /// Name of the target, for messages.
     pub(crate) target: &'a str,
-    pub(crate) header: Header,
+    pub(crate) header: &'a Header,
     pub(crate) debug: bool,
     pub(crate) channel: Channel,
     pub(crate) gate: &'a Gate,
@@ -33,7 +33,9 @@ pub(crate) struct Departure<'a> {
     pub(crate) timeline: &'a mut Timeline,
     /// Closed once the save helper has ended.
     pub(crate) events: Option<EventsWriter>,
-    /// What failed, in the words of whoever refused it.
+    /// Why the save failed, as libxl sees it.
+    pub(crate) save_error: Option<LifecycleError>,
+    /// What else failed, in the words of whoever refused it.
     pub(crate) details: Vec<String>,
 }
 
@@ -183,7 +185,7 @@ impl Departure<'_> {
             }
             Err(_) if self.gate.is_cancelled() => SenderEvent::Cancelled,
             Err(error) => {
-                self.details.push(error.to_string());
+                self.save_error = Some(error);
                 SenderEvent::Failed
             }
         }

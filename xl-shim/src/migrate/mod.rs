@@ -8,9 +8,12 @@ use std::sync::Arc;
 
 use anyhow::bail;
 use rxl_migrate::frame::DomId;
+use rxl_migrate::report::{Event, Stamped};
+use rxl_migrate::xl::handshake::SenderEnd;
 use rxl_migrate::xl::header::Header;
+use rxl_toolstack::libxl::Libxl;
 use rxl_toolstack::libxl::config::DomainConfig;
-use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
+use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::Exit;
 use crate::channel::Channel;
@@ -35,6 +38,13 @@ struct Guest {
     header: Header,
 }
 
+/// How a migration ended, and what is known of it.
+struct Departed {
+    end: SenderEnd,
+    details: Vec<String>,
+    events: Vec<Stamped>,
+}
+
 /// Moves the domain. The exit code says where it runs: 0 at the target, else here (if anywhere).
 pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit> {
     let mut timeline = Timeline::default();
@@ -42,54 +52,23 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let screen = Screen::stderr();
     // What changes the environment comes before all threads.
     host::become_save_helper()?;
-    let events = EventsPipe::new()?;
-    host::pass_events(&events)?;
-    let progress = Progress::of_sender();
-    let host = host::open(globals, progress)?;
+    let pipe = EventsPipe::new()?;
+    host::pass_events(&pipe)?;
+    let host = host::open(globals, Progress::of_sender())?;
     let guest = find_guest(&host, args)?;
-    let gate = Arc::new(Gate::new()?);
-    let _signals = SignalWatch::start(
-        gate.clone(),
-        host.canceller(),
-        screen.clone(),
-        too_late(&guest.name, &args.host),
-    )?;
-    let guard = Guard::start(Side::Source, &guest.name, Some(guest.domid), &screen);
-    let rune = rune(globals, args);
-    let (transport, input, output) = Transport::start(&rune.command())?;
-    // After the transport, which must not inherit the writing end.
-    let (events, writer) = events.open(screen.clone(), progress == Progress::Bar)?;
-    let mut departure = Departure {
-        host: &host,
-        domid: guest.domid,
-        name: &guest.name,
-        target: &args.host,
-        header: guest.header,
-        debug: args.debug,
-        channel: Channel::new(input, output, gate.clone()),
-        gate: &gate,
-        guard,
-        screen: &screen,
-        timeline: &mut timeline,
-        events: Some(writer),
-        details: Vec::new(),
-    };
-    let end = departure.run();
-    let Departure { mut details, channel, events: writer, .. } = departure;
-    drop((channel, writer));
-    let status = transport.finish(!gate.is_cancelled());
-    let end = end?;
-    if Outcome::from(end) != Outcome::Moved {
-        details.extend(status.and_then(|s| transport::explain(s, &rune)));
-    }
-    let events = events.finish();
-    let conclusion = Conclusion { guest: &guest.name, target: &args.host, end, details: &details };
-    conclusion.tell(&screen, || host.state(guest.domid).ok());
-    let cause = conclusion.causes();
+    let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
+    let Departed { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());
-    let facts =
-        Facts { domain, host: target, end, cause: &cause, timeline: &timeline, events: &events };
-    let report = Report::new(&facts);
+    let conclusion = Conclusion { guest: domain, target, end, details: &details };
+    conclusion.tell(&screen, || host.state(guest.domid).ok());
+    let report = Report::new(&Facts {
+        domain,
+        host: target,
+        end,
+        cause: &conclusion.causes(),
+        timeline: &timeline,
+        events: &events,
+    });
     if report.outcome == Outcome::Moved {
         screen.line(&report.summary());
     }
@@ -97,6 +76,64 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
         report.write(path)?;
     }
     Ok(exit_of(report.outcome))
+}
+
+/// Starts what the migration takes, and runs it.
+fn depart(
+    host: &Libxl,
+    guest: &Guest,
+    rune: &Rune<'_>,
+    args: &MigrateArgs,
+    pipe: EventsPipe,
+    screen: &Screen,
+    timeline: &mut Timeline,
+) -> anyhow::Result<Departed> {
+    let gate = Arc::new(Gate::new()?);
+    let too_late = too_late(&guest.name, &args.host);
+    let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
+    let guard = Guard::start(Side::Source, &guest.name, Some(guest.domid), screen);
+    let (transport, input, output) = Transport::start(&rune.command())?;
+    // After the transport, which must not inherit the writing end.
+    let bar = Progress::of_sender() == Progress::Bar;
+    let (events, writer) = pipe.open(screen.clone(), bar)?;
+    let mut departure = Departure {
+        host,
+        domid: guest.domid,
+        name: &guest.name,
+        target: &args.host,
+        header: &guest.header,
+        debug: args.debug,
+        channel: Channel::new(input, output, gate.clone()),
+        gate: &gate,
+        guard,
+        screen,
+        timeline,
+        events: Some(writer),
+        save_error: None,
+        details: Vec::new(),
+    };
+    let end = departure.run();
+    let Departure { save_error, details, channel, events: writer, .. } = departure;
+    drop((channel, writer));
+    let status = transport.finish(!gate.is_cancelled());
+    let events = events.finish();
+    let end = end?;
+    let mut all: Vec<String> = why_not_saved(&events, save_error).into_iter().collect();
+    all.extend(details);
+    if Outcome::from(end) != Outcome::Moved {
+        all.extend(status.and_then(|s| transport::explain(s, rune)));
+    }
+    Ok(Departed { end, details: all, events })
+}
+
+/// What the save helper says of its failure, or else libxl, which takes every failure before the
+/// guest has suspended for a guest that does not respond.
+fn why_not_saved(events: &[Stamped], libxl: Option<LifecycleError>) -> Option<String> {
+    let helper = events.iter().rev().find_map(|stamped| match &stamped.event {
+        Event::Failed { why } => Some(why.clone()),
+        _ => None,
+    });
+    libxl.map(|error| helper.unwrap_or_else(|| error.to_string()))
 }
 
 fn exit_of(outcome: Outcome) -> Exit {
