@@ -93,6 +93,11 @@ pub(crate) enum Verb {
 
 /// Options of `migrate`.
 #[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Ctrl-C, SIGTERM and SIGHUP cancel a migration as long as the target has no permission to start \
+the domain; the domain then runs on here.\n\n\
+Exit codes: 0 the domain runs at the target; 1 it failed, and standard error says where the \
+domain is; 2 wrong usage; 130 cancelled.")]
 pub(crate) struct MigrateArgs {
     /// Domain: name or number
     #[arg(value_name = "DOM")]

@@ -117,4 +117,41 @@ mod tests {
         assert!(gate.cancel() && !gate.cancel());
         assert!(!gate.commit() && gate.is_cancelled());
     }
+
+    #[test]
+    fn a_signal_cancels_and_a_second_one_hurries_and_after_the_commit_none_does() {
+        use rustix::process::{Signal, getpid, kill_process};
+        use std::sync::atomic::AtomicUsize;
+        let calls = Arc::new(AtomicUsize::new(0));
+        let watch = |gate: &Arc<Gate>, screen: &Screen| {
+            let calls = calls.clone();
+            let canceller = Box::new(move || {
+                calls.fetch_add(1, SeqCst);
+            });
+            SignalWatch::start(gate.clone(), canceller, screen.clone(), "too late".into()).unwrap()
+        };
+        let wait_for = |screen: &Screen, text: &str| {
+            while screen.text() != text {
+                thread::yield_now();
+            }
+        };
+        let (gate, screen) = (Arc::new(Gate::new().unwrap()), Screen::buffer());
+        let watching = watch(&gate, &screen);
+        kill_process(getpid(), Signal::INT).unwrap();
+        wait_for(&screen, "rxl: cancelling");
+        kill_process(getpid(), Signal::TERM).unwrap();
+        wait_for(&screen, "rxl: cancelling\nrxl: cancelling at once");
+        drop(watching);
+        assert!(gate.is_cancelled());
+        assert_eq!(calls.load(SeqCst), 2);
+
+        let (gate, screen) = (Arc::new(Gate::new().unwrap()), Screen::buffer());
+        assert!(gate.commit());
+        let watching = watch(&gate, &screen);
+        kill_process(getpid(), Signal::HUP).unwrap();
+        wait_for(&screen, "too late");
+        drop(watching);
+        assert!(!gate.is_cancelled());
+        assert_eq!(calls.load(SeqCst), 2);
+    }
 }
