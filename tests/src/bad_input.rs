@@ -202,7 +202,7 @@ fn kill(host: &Host, words: &str) -> Result<()> {
 fn receiver_is_killed(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
     kill(session.host(2)?, "rxl migrate-receive")?;
-    expect_failure(&migration.finish(FAILURE_TIMEOUT)?, FAILED, &["did not take the domain", KEPT])
+    expect_failure(&migration.finish(FAILURE_TIMEOUT)?, FAILED, &["the domain could not be sent", KEPT])
 }
 
 fn ssh_is_killed(session: &Session, guest: &str) -> Result<()> {
@@ -223,5 +223,5 @@ fn interrupted(session: &Session, guest: &str) -> Result<()> {
 
 fn never_suspends(session: &Session, guest: &str) -> Result<()> {
     let command = format!("rxl migrate {guest} host2");
-    fails(session, &command, &["did not respond", KEPT])
+    fails(session, &command, &["the guest did not suspend", KEPT])
 }
