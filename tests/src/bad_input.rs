@@ -202,7 +202,8 @@ fn kill(host: &Host, words: &str) -> Result<()> {
 fn receiver_is_killed(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
     kill(session.host(2)?, "rxl migrate-receive")?;
-    expect_failure(&migration.finish(FAILURE_TIMEOUT)?, FAILED, &["the domain could not be sent", KEPT])
+    let words = ["the domain could not be sent", KEPT];
+    expect_failure(&migration.finish(FAILURE_TIMEOUT)?, FAILED, &words)
 }
 
 fn ssh_is_killed(session: &Session, guest: &str) -> Result<()> {
