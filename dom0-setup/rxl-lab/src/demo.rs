@@ -43,12 +43,7 @@ pub fn run(store: &Store) -> Result<u64> {
 fn demonstrate(lab: &Lab) -> Result<Vec<Migration>> {
     lab.push_rxl()?;
     let [host1, host2, ..] = lab.hosts() else { bail!("The demo needs two hosts") };
-    for (name, kind, memory_mib) in GUESTS {
-        let mut spec = GuestSpec::new(name, kind, memory_mib);
-        spec.dirty_pages_per_s = DIRTY_PAGES_PER_S;
-        spec.content = Content::Random;
-        lab.start_guest(host1, &spec)?;
-    }
+    start_all(lab, [host1, host2])?;
     let moved = move_all(lab, host1, host2);
     // Whatever happened, what is left is looked at and taken away.
     for (name, _, _) in GUESTS {
@@ -59,11 +54,33 @@ fn demonstrate(lab: &Lab) -> Result<Vec<Migration>> {
     moved
 }
 
+/// Starts the guests at once, each on a host of its own: booting is the longest wait of all.
+fn start_all(lab: &Lab, hosts: [&Host; 2]) -> Result<()> {
+    std::thread::scope(|scope| {
+        let start = |(host, (name, kind, memory_mib))| {
+            let mut spec = GuestSpec::new(name, kind, memory_mib);
+            spec.dirty_pages_per_s = DIRTY_PAGES_PER_S;
+            spec.content = Content::Random;
+            scope.spawn(move || lab.start_guest(host, &spec))
+        };
+        let started: Vec<_> = hosts.into_iter().zip(GUESTS).map(start).collect();
+        started.into_iter().try_for_each(|thread| match thread.join() {
+            Ok(started) => started,
+            Err(_) => bail!("A guest could not be started"),
+        })
+    })
+}
+
 fn move_all(lab: &Lab, host1: &Host, host2: &Host) -> Result<Vec<Migration>> {
     let mut migrations = Vec::new();
     for route in [Route::Rxl, Route::Xl] {
         for (name, kind, _) in GUESTS {
-            for (from, to) in [(host1, host2), (host2, host1)] {
+            // There and back, from where it was started.
+            let (here, there) = match kind {
+                GuestKind::Pv => (host1, host2),
+                _ => (host2, host1),
+            };
+            for (from, to) in [(here, there), (there, here)] {
                 let migration = lab
                     .migrate(name, kind, from, to, route)
                     .with_context(|| format!("{route}: {name} to {}", to.name()))?;
@@ -78,6 +95,12 @@ fn move_all(lab: &Lab, host1: &Host, host2: &Host) -> Result<Vec<Migration>> {
         }
     }
     Ok(migrations)
+}
+
+/// The last line.
+#[derive(serde::Serialize)]
+struct Summary<'a> {
+    migrations: &'a [Migration],
 }
 
 /// The table, and the JSON as the last line.
@@ -101,7 +124,10 @@ fn print_table(migrations: &[Migration]) {
             m.bad_pages
         );
     }
-    println!("\n{}", serde_json::json!({ "migrations": migrations }));
+    match serde_json::to_string(&Summary { migrations }) {
+        Ok(json) => println!("\n{json}"),
+        Err(error) => eprintln!("demo: {error}"),
+    }
 }
 
 #[allow(clippy::cast_precision_loss, reason = "for people to read")]
