@@ -113,11 +113,12 @@ where
         }
     }
 
-    /// Those of the pages put off that have memory now.
+    /// Those of the pages put off that have memory now, and those that the receiver was sent and
+    /// must hear the end of.
     pub(super) fn due(&self) -> PageBitmap {
         let mut due = PageBitmap::new(self.deferred.len());
-        let there = self.deferred.iter().filter(|pfn| self.space.frame(*pfn).is_some());
-        there.for_each(|pfn| due.set(pfn));
+        let is_due = |pfn: &Pfn| self.space.frame(*pfn).is_some() || self.sent.get(*pfn);
+        self.deferred.iter().filter(is_due).for_each(|pfn| due.set(pfn));
         due
     }
 
