@@ -15,7 +15,7 @@ const ROUTES: [(&str, Route); 3] = [
     ("rxl to stock xl", Route::RxlToXl),
 ];
 
-/// Moves a PV guest and a PVH guest along every route.
+/// Moves a PV guest and a PVH guest along every route, the PV guest also by ssh.
 pub fn run(tally: &mut Tally, session: &Session) {
     for kind in [GuestKind::Pv, GuestKind::Pvh] {
         let guest = format!("smoke-{kind}");
@@ -24,6 +24,11 @@ pub fn run(tally: &mut Tally, session: &Session) {
         tally.case(&format!("{label}: start ({} MiB)", spec(&guest, kind).memory_mib), start);
         for (name, route) in ROUTES {
             tally.case(&format!("{label}: {name}"), || session.migrate(&guest, kind, route));
+        }
+        if kind == GuestKind::Pv {
+            // As a user would; the others spare the emulated processor ssh's ciphers.
+            let by_ssh = || session.migrate(&guest, kind, Route::RxlBySsh);
+            tally.case(&format!("{label}: rxl to rxl by ssh"), by_ssh);
         }
         tally.case(&format!("{label}: stop"), || session.remove(&guest));
     }
