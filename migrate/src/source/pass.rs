@@ -8,7 +8,7 @@
 
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, GuestError, Result};
-use crate::frame::{PageBuf, PageType, Pfn};
+use crate::frame::{Mfn, PageBuf, PageType, Pfn};
 use crate::hypervisor::{
     Access, BATCH_PAGES_MAX, ForeignPages, PagePiece, SourceDomain, StreamOut, Toolstack,
 };
@@ -42,6 +42,16 @@ impl<P: ForeignPages> Space<P> {
         match self {
             Space::Translated { .. } => Some(pfn.0),
             Space::Pv(map) => map.mfn(pfn).map(|mfn| mfn.0),
+        }
+    }
+
+    /// Whether `frame`, which is mapped, is the page `pfn`. A guest that balloons may have given
+    /// it back and got it again as another page since [`Space::frame`]; while it is mapped that
+    /// cannot happen any more.
+    fn is_at(&self, pfn: Pfn, frame: u64) -> bool {
+        match self {
+            Space::Translated { .. } => true,
+            Space::Pv(map) => map.pfn(Mfn(frame)) == Some(pfn),
         }
     }
 
@@ -247,6 +257,10 @@ where
         let mut sources = Vec::with_capacity(pages.len());
         let mut copies = 0;
         for (index, page) in pages.iter().enumerate() {
+            if !progress.last && !self.space.is_at(page.pfn, page.frame) {
+                self.put_off(page.pfn, progress);
+                continue;
+            }
             let source = match page.kind.table_level() {
                 Some(level) if !matches!(self.space, Space::Translated { .. }) => {
                     if !self.copy_table(index, page, level, mapping, copies, progress)? {
