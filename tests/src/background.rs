@@ -43,7 +43,8 @@ impl<'a> Background<'a> {
     /// # Errors
     /// The group is gone.
     pub fn signal_group(&self, signal: &str) -> Result<()> {
-        self.host.run(&format!("kill -{signal} -- -{}", self.group)).map(|_| ())
+        // dash's own kill does not know `--`.
+        self.host.run(&format!("env kill -{signal} -- -{}", self.group)).map(|_| ())
     }
 
     /// Whether it has ended.
