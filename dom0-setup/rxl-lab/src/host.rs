@@ -134,7 +134,9 @@ impl Host {
     /// Puts a file on the host, in one step under its final name.
     pub fn write_file(&self, path: &str, permissions: &str, content: &[u8]) -> Result<()> {
         let (folder, _) = path.rsplit_once('/').context("A path on a host must be absolute")?;
-        let (folder, draft, path) = (quote(folder), quote(&format!("{path}.new")), quote(path));
+        let (folder, path) = (quote(folder), quote(path));
+        // The shell's own number: two guests that start at once bring the same files.
+        let draft = format!("{path}.$$");
         let script = format!(
             "mkdir -p {folder}/ && cat > {draft} && chmod {permissions} {draft} && \
              mv {draft} {path}"
