@@ -1,5 +1,6 @@
 //! The host as tests handle it, and the traits of [`crate::hypervisor`] on one of its domains.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -23,12 +24,41 @@ impl std::fmt::Debug for Host {
     }
 }
 
+/// A machine to make.
+#[derive(Debug)]
+pub struct HostSpec {
+    /// Page frames.
+    pub frames: u64,
+    /// Determines in what order frames are handed out.
+    pub seed: u64,
+    /// An empty file that is to hold the frames (frame n is page n), for other processes to map.
+    pub file: Option<File>,
+    /// As after a boot: frames are handed out in order, and are zero where nobody had them
+    /// before. Otherwise they are in no order and hold rubbish.
+    pub fresh: bool,
+}
+
+impl HostSpec {
+    /// Makes the machine, without domains.
+    #[must_use]
+    pub fn build(self) -> Host {
+        Host(Arc::new(Mutex::new(Xen::new(self))))
+    }
+}
+
 impl Host {
     /// A machine of `frames` page frames and without domains. `seed` determines in what order
     /// frames are handed out.
     #[must_use]
     pub fn new(frames: u64, seed: u64) -> Host {
-        Host(Arc::new(Mutex::new(Xen::new(frames, seed))))
+        HostSpec { frames, seed, file: None, fresh: false }.build()
+    }
+
+    /// The domain of that number.
+    #[must_use]
+    pub fn domain(&self, id: DomId) -> Option<FakeDomain> {
+        let exists = self.lock().domains.contains_key(&id.0);
+        exists.then(|| FakeDomain::new(self, id))
     }
 
     /// An empty, paused domain for `pages` pages of memory and vCPUs `0..vcpus`.
@@ -45,8 +75,32 @@ impl Host {
         self.lock().guests_run_every = accesses;
     }
 
+    /// Lets guests do something now.
+    pub fn let_guests_run(&self) {
+        self.lock().run_guests();
+    }
+
+    /// Whether guests that run give memory back and take some (they do at first).
+    pub fn let_guests_balloon(&self, on: bool) {
+        self.lock().guests_balloon = on;
+    }
+
+    /// Page frames, and pages of the machine-to-physical table, which are behind them in the
+    /// file of [`HostSpec::file`].
+    #[must_use]
+    pub fn size(&self) -> (u64, u64) {
+        let xen = self.lock();
+        (xen.memory.m2p_start(), xen.memory.m2p_pages())
+    }
+
+    /// A planted fault: a reading of the dirty bits, after `succeed` more, clears them and says
+    /// that nothing was dirty.
+    pub fn forget_clean(&self, succeed: u64) {
+        self.lock().forgotten_clean = Some(succeed);
+    }
+
     /// Lets the call of `op` after `succeed` more fail with `errno`, and that one only. `op` is
-    /// the name of a method of one of the traits.
+    /// the name of a method of one of the traits, or `map_page`, which is each page of a `map`.
     pub fn fail(&self, op: &'static str, succeed: u64, errno: i32) {
         self.lock().faults.push((op, succeed, errno));
     }
@@ -82,6 +136,17 @@ impl Host {
         // A test that failed while it held the lock is not to hide its reason.
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
+}
+
+/// Parts of a [`VcpuState`] that have a hypercall of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuPart {
+    /// [`VcpuState::extended`].
+    Extended,
+    /// [`VcpuState::xsave`].
+    Xsave,
+    /// [`VcpuState::msrs`].
+    Msrs,
 }
 
 /// One domain of a [`Host`]. Clones are the same domain.
@@ -151,7 +216,7 @@ impl FakeDomain {
     /// The machine frame that `pfn` was populated with.
     #[must_use]
     pub fn populated_with(&self, pfn: Pfn) -> Option<Mfn> {
-        self.host.lock().dom(self.id.0).physmap.get(&pfn.0).copied().map(Mfn)
+        self.host.lock().dom(self.id.0).physmap.get(pfn.0).map(Mfn)
     }
 
     /// Extents of 2 MiB that it was given.
@@ -160,10 +225,58 @@ impl FakeDomain {
         self.host.lock().dom(self.id.0).extents
     }
 
+    /// Maps those of `frames` that can be mapped, and says of each why it cannot (an errno, or
+    /// 0). An access to a page that is not there is a bug and panics.
+    ///
+    /// # Errors
+    /// The call as a whole fails.
+    pub fn map_each(&self, frames: &[u64], access: Access) -> HvResult<(FakePages, Vec<i32>)> {
+        self.call("map", |xen| {
+            let mut map = |frame: &u64| {
+                let mfn = self.machine_frame(xen, *frame)?;
+                match xen.fault("map_page") {
+                    Some(errno) => Err(errno),
+                    None => xen.map(self.id.0, mfn, access == Access::ReadWrite).map(|()| mfn),
+                }
+            };
+            let mapped: Vec<Errno<u64>> = frames.iter().map(&mut map).collect();
+            let errors = mapped.iter().map(|mfn| mfn.err().unwrap_or(0)).collect();
+            let mfns = mapped.into_iter().map(Result::ok).collect();
+            Ok((FakePages::of(&self.host, mfns, access), errors))
+        })
+    }
+
+    /// The frame of its grant table (`XENMEM_acquire_resource`).
+    ///
+    /// # Errors
+    /// There is no such domain.
+    pub fn grant_table(&self) -> HvResult<Mfn> {
+        self.call("grant_table", |xen| Ok(Mfn(xen.dom(self.id.0).grant_table)))
+    }
+
+    /// Loads a part of a vCPU that [`TargetDomain::set_vcpu`] has loaded the rest of, as a
+    /// hypercall of its own does.
+    ///
+    /// # Errors
+    /// There is no such vCPU, or it has no context yet.
+    pub fn set_vcpu_part(&self, id: u32, part: VcpuPart, bytes: &[u8]) -> HvResult<()> {
+        self.call("set_vcpu_part", |xen| {
+            let vcpu = xen.dom(self.id.0).vcpus.get_mut(id as usize).and_then(Option::as_mut);
+            let vcpu = vcpu.ok_or(EINVAL)?;
+            let place = match part {
+                VcpuPart::Extended => &mut vcpu.extended,
+                VcpuPart::Xsave => &mut vcpu.xsave,
+                VcpuPart::Msrs => &mut vcpu.msrs,
+            };
+            *place = bytes.to_vec();
+            Ok(())
+        })
+    }
+
     /// The frame behind a frame number of this domain, which is a gfn or an mfn.
     fn machine_frame(&self, xen: &mut Xen, frame: u64) -> Errno<u64> {
         let domain = xen.dom(self.id.0);
-        if domain.hvm { domain.physmap.get(&frame).copied().ok_or(EINVAL) } else { Ok(frame) }
+        if domain.hvm { domain.physmap.get(frame).ok_or(EINVAL) } else { Ok(frame) }
     }
 
     /// Notes the call, lets guests run, and does what it is to do unless it is to fail.
@@ -171,17 +284,7 @@ impl FakeDomain {
         let mut xen = self.host.lock();
         xen.calls.push((self.id.0, op));
         xen.tick();
-        let mut fault = None;
-        xen.faults.retain_mut(|(name, succeed, errno)| {
-            let due = *name == op && *succeed == 0;
-            if due {
-                fault = Some(*errno);
-            } else if *name == op {
-                *succeed -= 1;
-            }
-            !due
-        });
-        let done = match fault {
+        let done = match xen.fault(op) {
             Some(errno) => Err(errno),
             None if !xen.domains.contains_key(&self.id.0) => Err(ESRCH),
             None => act(&mut xen),
@@ -225,11 +328,11 @@ impl Domain for FakeDomain {
     }
 
     fn map(&self, frames: &[u64], access: Access) -> HvResult<FakePages> {
-        self.call("map", |xen| {
-            let mfns: Errno<Vec<u64>> =
-                frames.iter().map(|frame| self.machine_frame(xen, *frame)).collect();
-            FakePages::map(&self.host, xen, self.id, mfns?, access)
-        })
+        let (pages, errors) = self.map_each(frames, access)?;
+        match errors.into_iter().find(|errno| *errno != 0) {
+            None => Ok(pages),
+            Some(errno) => Err(HvError { op: "map", source: io::Error::from_raw_os_error(errno) }),
+        }
     }
 
     fn map_m2p(&self) -> HvResult<FakePages> {
@@ -263,6 +366,13 @@ impl SourceDomain for FakeDomain {
             if last {
                 dirty.extend(&domain.written_by_xen);
             }
+            xen.forgotten_clean = match xen.forgotten_clean {
+                Some(0) => {
+                    dirty.clear();
+                    None
+                }
+                later => later.map(|readings| readings - 1),
+            };
             bitmap.clear_all();
             dirty.iter().for_each(|pfn| bitmap.set(Pfn(*pfn)));
             Ok(dirty.len() as u64)
@@ -412,9 +522,16 @@ impl TargetDomain for FakeDomain {
                     return Err(EINVAL);
                 }
             }
-            let grants = [console, xenstore].map(|(frame, domid)| (frame, domid.0));
-            if xen.dom(self.id.0).grants.replace(grants).is_some() {
-                return Err(EBUSY);
+            let table = xen.dom(self.id.0).grant_table;
+            for (slot, (frame, domid)) in [console, xenstore].into_iter().enumerate() {
+                if xen.word(table, slot) != 0 {
+                    return Err(EBUSY);
+                }
+                // GTF_permit_access, the domain, the frame.
+                let entry = 1 | u64::from(domid.0) << 16 | frame << 32;
+                if frame != INVALID_FRAME && domid != self.id {
+                    xen.set_word(table, slot, entry);
+                }
             }
             Ok(())
         })
@@ -423,7 +540,7 @@ impl TargetDomain for FakeDomain {
 
 /// Gives `pfn` memory, which it must not have yet.
 fn populate_page(xen: &mut Xen, id: u16, pfn: u64) -> Errno<u64> {
-    if xen.dom(id).physmap.contains_key(&pfn) {
+    if xen.dom(id).physmap.get(pfn).is_some() {
         return Err(EEXIST);
     }
     let mfn = xen.allocate(id)?;
@@ -433,6 +550,6 @@ fn populate_page(xen: &mut Xen, id: u16, pfn: u64) -> Errno<u64> {
         domain.max_gfn = domain.max_gfn.max(pfn);
         return Ok(pfn);
     }
-    xen.m2p[mfn as usize] = pfn;
+    xen.memory.set_m2p(mfn, pfn);
     Ok(mfn)
 }

@@ -1,10 +1,11 @@
 //! An HVM guest: memory with holes, parameters, a context; and what it does while it runs.
 
 use super::domain::{FakeDomain, Host};
+use super::policy::cpu_policy;
 use super::rng::Rng;
 use super::xen::{Dom, Guest, Xen};
 use crate::frame::DomId;
-use crate::hypervisor::{CpuPolicy, TscInfo};
+use crate::hypervisor::TscInfo;
 use crate::x86::hvm;
 
 /// An HVM guest to make.
@@ -45,8 +46,8 @@ impl HvmSpec {
         let mut data: Vec<u64> = (0..self.pages).filter(|gfn| !VGA.contains(gfn)).collect();
         for gfn in data.iter().copied().chain(special..special + 8) {
             populate(&mut xen, id, gfn);
-            let mfn = xen.dom(id).physmap[&gfn];
-            xen.frame(mfn).data.fill(0);
+            let mfn = frame(&mut xen, id, gfn);
+            xen.memory.fill(mfn, 0);
             if !rng.one_in(3) {
                 xen.set_word(mfn, rng.index(512), rng.next());
             }
@@ -55,7 +56,7 @@ impl HvmSpec {
         let shared = xen.dom(id).shared_info;
         xen.dom(id).physmap.insert(special + 9, shared);
         let lost = data.swap_remove(rng.index(data.len()));
-        let lost = xen.dom(id).physmap[&lost];
+        let lost = frame(&mut xen, id, lost);
         xen.frame(lost).broken = true;
         let domain = xen.dom(id);
         domain.max_gfn = special + 9;
@@ -74,13 +75,18 @@ impl HvmSpec {
         ]
         .into();
         domain.context = rng.bytes(3000);
-        domain.policy = CpuPolicy { leaves: rng.bytes(48), msrs: rng.bytes(16) };
+        domain.policy = cpu_policy(&mut rng);
         domain.tsc = TscInfo { mode: 2, khz: 2_000_000, nsec: rng.next(), incarnation: 1 };
         let guest = HvmGuest { id, rng, data, holes: vec![0xa5], written_by_xen: special + 7 };
         domain.guest = Some(Guest::Hvm(guest));
         drop(xen);
         FakeDomain::new(host, DomId(id))
     }
+}
+
+/// The frame of `gfn`, which has memory.
+fn frame(xen: &mut Xen, id: u16, gfn: u64) -> u64 {
+    xen.dom(id).physmap.get(gfn).expect("memory")
 }
 
 /// Gives `gfn` a frame; the caller knows that there is room.
@@ -94,8 +100,8 @@ impl HvmGuest {
     pub(super) fn run(&mut self, xen: &mut Xen) {
         for _ in 0..1 + self.rng.below(4) {
             match self.rng.below(20) {
-                0 => self.balloon_out(xen),
-                1 => self.balloon_in(xen),
+                0 if xen.guests_balloon => self.balloon_out(xen),
+                1 if xen.guests_balloon => self.balloon_in(xen),
                 2..=4 => self.write_by_device(xen),
                 5 => self.write_by_xen(xen),
                 _ => self.write(xen),
@@ -124,14 +130,14 @@ impl HvmGuest {
     }
 
     fn put(&mut self, xen: &mut Xen, gfn: u64) {
-        let mfn = xen.dom(self.id).physmap[&gfn];
+        let mfn = frame(xen, self.id, gfn);
         xen.set_word(mfn, self.rng.index(512), self.rng.next());
     }
 
     /// Log-dirty does not see a page go.
     fn balloon_out(&mut self, xen: &mut Xen) {
         let gfn = self.data.swap_remove(self.rng.index(self.data.len()));
-        let mfn = xen.dom(self.id).physmap.remove(&gfn).expect("memory");
+        let mfn = xen.dom(self.id).physmap.remove(gfn).expect("memory");
         xen.release(mfn);
         self.holes.push(gfn);
     }

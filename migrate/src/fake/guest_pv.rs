@@ -63,8 +63,8 @@ impl PvGuest {
     pub(super) fn run(&mut self, xen: &mut Xen) {
         for _ in 0..1 + self.rng.below(4) {
             match self.rng.below(20) {
-                0 => self.balloon_out(xen),
-                1 => self.balloon_in(xen),
+                0 if xen.guests_balloon => self.balloon_out(xen),
+                1 if xen.guests_balloon => self.balloon_in(xen),
                 2 => self.start_process(xen),
                 3 => self.end_process(xen),
                 4 => self.map_grant(xen),
@@ -120,7 +120,7 @@ impl PvGuest {
         let mapped: BTreeSet<u64> = self
             .processes
             .iter()
-            .flat_map(|process| (0..512).map(|slot| xen.word(self.mfn(process.leaf), slot)))
+            .flat_map(|process| xen.memory.page(self.mfn(process.leaf)).words().collect::<Vec<_>>())
             .filter(|pte| pte & PRESENT != 0)
             .map(|pte| (pte & PTE_FRAME_MASK) >> PAGE_SHIFT)
             .collect();
@@ -152,7 +152,7 @@ impl PvGuest {
         }
         let Ok(mfn) = xen.allocate(self.id) else { return };
         let pfn = self.holes.swap_remove(self.rng.index(self.holes.len()));
-        xen.m2p[mfn as usize] = pfn;
+        xen.memory.set_m2p(mfn, pfn);
         // Its p2m may be the last to know: until then its tables make no sense to others.
         self.p2m[pfn as usize] = mfn;
         self.map_directly(xen, pfn, Some(RW));
@@ -259,7 +259,7 @@ impl PvGuest {
         }
         for table in process.tables() {
             self.map_directly(xen, table, Some(RW));
-            if self.rng.one_in(3) {
+            if xen.guests_balloon && self.rng.one_in(3) {
                 self.give_back(xen, table);
             } else {
                 self.data.push(table);

@@ -9,10 +9,11 @@ use std::collections::BTreeSet;
 
 use super::domain::{FakeDomain, Host};
 use super::guest_pv::{Process, PvGuest};
+use super::policy::cpu_policy;
 use super::rng::Rng;
 use super::xen::{Dom, Guest, PRESENT, RW, USER, Xen};
 use crate::frame::{DomId, INVALID_FRAME, PAGE_SHIFT};
-use crate::hypervisor::{CpuPolicy, TscInfo, VcpuState};
+use crate::hypervisor::{TscInfo, VcpuState};
 use crate::x86::pv::{self, context, shared_info, start_info};
 
 /// How the guest keeps its p2m.
@@ -94,8 +95,8 @@ impl<'a> Builder<'a> {
                 continue;
             }
             let mfn = xen.allocate(id).expect("memory for the guest");
-            xen.m2p[mfn as usize] = pfn;
-            xen.frame(mfn).data.fill(0);
+            xen.memory.set_m2p(mfn, pfn);
+            xen.memory.fill(mfn, 0);
             xen.set_word(mfn, rng.index(512), rng.next());
             p2m.push(mfn);
             spare.push(pfn);
@@ -177,7 +178,7 @@ impl<'a> Builder<'a> {
     fn take(&mut self) -> u64 {
         let pfn = self.spare.pop().expect("a guest that is large enough");
         let mfn = self.mfn(pfn);
-        self.xen.frame(mfn).data.fill(0);
+        self.xen.memory.fill(mfn, 0);
         pfn
     }
 
@@ -218,7 +219,7 @@ impl<'a> Builder<'a> {
         let top = self.top(&[kernel, &[(0, user)]].concat());
         let user_top = self.top(&[(0, user)]);
         let [upper, lower] = [user, self.xen.word(user >> PAGE_SHIFT, 0)]
-            .map(|pte| self.xen.m2p[(pte >> PAGE_SHIFT) as usize]);
+            .map(|pte| self.xen.memory.m2p(pte >> PAGE_SHIFT));
         Process { top, user_top, upper, lower, leaf, leaf_pinned: self.rng.one_in(2) }
     }
 
@@ -348,10 +349,10 @@ impl<'a> Builder<'a> {
     }
 
     fn fill_state(&mut self) {
-        let (leaves, msrs) = (self.rng.bytes(24 * 3), self.rng.bytes(16));
+        let policy = cpu_policy(&mut self.rng);
         let nsec = self.rng.next();
         let domain = self.xen.dom(self.id);
-        domain.policy = CpuPolicy { leaves, msrs };
+        domain.policy = policy;
         domain.tsc = TscInfo { mode: 0, khz: 2_400_000, nsec, incarnation: 3 };
     }
 }

@@ -94,7 +94,7 @@ fn a_mapping_sees_its_frame_after_the_guest_gave_it_away_and_nobody_gets_it_mean
     mapping.read_page(0, &mut before);
     let mfn = {
         let mut xen = host.lock();
-        let mfn = xen.dom(domain.id.0).physmap.remove(&3).unwrap();
+        let mfn = xen.dom(domain.id.0).physmap.remove(3).unwrap();
         xen.release(mfn);
         mfn
     };
@@ -108,7 +108,7 @@ fn a_mapping_sees_its_frame_after_the_guest_gave_it_away_and_nobody_gets_it_mean
     assert_eq!(before.0, after.0);
     drop(mapping);
     other.populate(&[Pfn(taken)], 0).unwrap();
-    assert_eq!(host.lock().dom(other.id.0).physmap[&taken], mfn);
+    assert_eq!(host.lock().dom(other.id.0).physmap.get(taken), Some(mfn));
 }
 
 #[test]

@@ -8,10 +8,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::domain::HostSpec;
 use super::guest_hvm::HvmGuest;
 use super::guest_pv::PvGuest;
+use super::memory::Memory;
+use super::physmap::PhysMap;
 use super::rng::Rng;
-use crate::frame::{INVALID_FRAME, PAGE_SHIFT, PAGE_SIZE, PageType};
+use crate::frame::{INVALID_FRAME, PAGE_SHIFT, PageType};
 use crate::hypervisor::{CpuPolicy, TscInfo, VcpuState};
 use crate::x86::pv::PTE_FRAME_MASK;
 
@@ -37,10 +40,10 @@ const RUBBISH: u8 = 0xc2;
 /// An errno.
 pub(super) type Errno<T> = Result<T, i32>;
 
+#[derive(Clone, Default)]
 pub(super) struct Frame {
-    pub(super) data: Box<[u8; PAGE_SIZE]>,
     pub(super) owner: Option<u16>,
-    /// Xen's own memory that it shares with the owner (shared info).
+    /// Xen's own memory that it shares with the owner (shared info, grant table).
     pub(super) special: bool,
     pub(super) broken: bool,
     /// Mappings of the toolstack, which keep a frame from being reused.
@@ -66,9 +69,11 @@ pub(super) struct Dom {
     pub(super) paused: bool,
     pub(super) shutdown: Option<u8>,
     pub(super) shared_info: u64,
+    /// The first frame of its grant table. It is in no p2m.
+    pub(super) grant_table: u64,
     pub(super) address_bits: u32,
     /// HVM: gfn to frame. A PV domain has a p2m of its own; here is what it was populated with.
-    pub(super) physmap: BTreeMap<u64, u64>,
+    pub(super) physmap: PhysMap,
     pub(super) max_gfn: u64,
     /// Extents of 2 MiB that it was given.
     pub(super) extents: u64,
@@ -84,15 +89,15 @@ pub(super) struct Dom {
     pub(super) context: Vec<u8>,
     pub(super) policy: CpuPolicy,
     pub(super) tsc: TscInfo,
-    /// Console, xenstore.
-    pub(super) grants: Option<[(u64, u16); 2]>,
     pub(super) guest: Option<Guest>,
 }
 
 /// All of the machine.
 pub(super) struct Xen {
     pub(super) frames: Vec<Frame>,
-    pub(super) m2p: Vec<u64>,
+    pub(super) memory: Memory,
+    /// Memory that is handed out holds what its last owner left, and zeros before the first.
+    scrubbed_at_boot: bool,
     free: Vec<u64>,
     pub(super) domains: BTreeMap<u16, Dom>,
     /// Frames of other domains that guests may map through grants.
@@ -104,34 +109,30 @@ pub(super) struct Xen {
     pub(super) refused_leaf: Option<u32>,
     /// Guests do something at every so many accesses; 0: never.
     pub(super) guests_run_every: u64,
+    /// Whether they give memory back and take some.
+    pub(super) guests_balloon: bool,
+    /// Bitmaps of log-dirty that are to come back empty, after so many that do not.
+    pub(super) forgotten_clean: Option<u64>,
     accesses: u64,
     pub(super) mappings: u64,
 }
 
 impl Xen {
-    pub(super) fn new(frames: u64, seed: u64) -> Xen {
-        let blank = |_| Frame {
-            data: Box::new([RUBBISH; PAGE_SIZE]),
-            owner: None,
-            special: false,
-            broken: false,
-            mappings: 0,
-            writable: 0,
-            gdts: 0,
-            level: 0,
-            tables: 0,
-            pinned: false,
-        };
+    pub(super) fn new(spec: HostSpec) -> Xen {
+        let HostSpec { frames, seed, file, fresh } = spec;
         // Frames 0 and 1 are nobody's, and the last ones a granting domain's.
-        let mut free: Vec<u64> = (2..frames).collect();
-        Rng::new(seed).shuffle(&mut free);
-        let granted = free.split_off(free.len() - 4);
-        // It is mapped in whole pages. What is granted has pfns of its own in another domain.
-        let mut m2p = vec![INVALID_FRAME; frames.next_multiple_of(512) as usize];
-        (3..).zip(&granted).for_each(|(pfn, mfn)| m2p[*mfn as usize] = pfn);
+        let mut free: Vec<u64> = (2..frames).rev().collect();
+        if !fresh {
+            Rng::new(seed).shuffle(&mut free);
+        }
+        let granted: Vec<u64> = free.drain(..4).collect();
+        let mut memory = Memory::new(frames, file);
+        // What is granted has pfns of its own in another domain.
+        (3..).zip(&granted).for_each(|(pfn, mfn)| memory.set_m2p(*mfn, pfn));
         Xen {
-            frames: (0..frames).map(blank).collect(),
-            m2p,
+            frames: vec![Frame::default(); frames as usize],
+            memory,
+            scrubbed_at_boot: fresh,
             free,
             domains: BTreeMap::new(),
             granted,
@@ -140,6 +141,8 @@ impl Xen {
             fragmented: false,
             refused_leaf: None,
             guests_run_every: 0,
+            guests_balloon: true,
+            forgotten_clean: None,
             accesses: 0,
             mappings: 0,
         }
@@ -147,11 +150,14 @@ impl Xen {
 
     pub(super) fn create(&mut self, domain: Dom) -> u16 {
         let id = self.domains.keys().next_back().map_or(1, |last| last + 1);
-        let shared_info = self.free.pop().expect("a free frame");
-        let frame = &mut self.frames[shared_info as usize];
-        (frame.owner, frame.special) = (Some(id), true);
-        frame.data.fill(0);
-        let blank = Dom { paused: true, address_bits: 64, shared_info, ..domain };
+        let [shared_info, grant_table] = std::array::from_fn(|_| {
+            let mfn = self.free.pop().expect("a free frame");
+            let frame = self.frame(mfn);
+            (frame.owner, frame.special) = (Some(id), true);
+            self.memory.fill(mfn, 0);
+            mfn
+        });
+        let blank = Dom { paused: true, address_bits: 64, shared_info, grant_table, ..domain };
         self.domains.insert(id, blank);
         id
     }
@@ -172,9 +178,13 @@ impl Xen {
     /// Lets the guests that run do something, now and then.
     pub(super) fn tick(&mut self) {
         self.accesses += 1;
-        if self.guests_run_every == 0 || !self.accesses.is_multiple_of(self.guests_run_every) {
-            return;
+        if self.guests_run_every > 0 && self.accesses.is_multiple_of(self.guests_run_every) {
+            self.run_guests();
         }
+    }
+
+    /// Every guest that runs does a few things.
+    pub(super) fn run_guests(&mut self) {
         for id in self.domains.keys().copied().collect::<Vec<_>>() {
             if self.dom(id).shutdown.is_none() {
                 self.with_guest(id, |xen, guest| match guest {
@@ -199,16 +209,17 @@ impl Xen {
         allowed.min(self.free.len() as u64)
     }
 
-    /// A frame for `id`, with rubbish in it.
+    /// A frame for `id`, with rubbish in it, or what a scrubbing host has left there.
     pub(super) fn allocate(&mut self, id: u16) -> Errno<u64> {
         if self.room(id) == 0 {
             return Err(ENOMEM);
         }
         let mfn = self.free.pop().ok_or(ENOMEM)?;
         self.dom(id).total_pages += 1;
-        let frame = self.frame(mfn);
-        frame.owner = Some(id);
-        frame.data.fill(RUBBISH);
+        self.frame(mfn).owner = Some(id);
+        if !self.scrubbed_at_boot {
+            self.memory.fill(mfn, RUBBISH);
+        }
         Ok(mfn)
     }
 
@@ -225,7 +236,7 @@ impl Xen {
         let frame = self.frame(mfn);
         if frame.owner.is_none() && frame.mappings == 0 {
             assert_eq!(frame.writable, 0, "a freed frame is mapped by its old owner");
-            self.m2p[mfn as usize] = INVALID_FRAME;
+            self.memory.set_m2p(mfn, INVALID_FRAME);
             self.free.push(mfn);
         }
     }
@@ -289,9 +300,10 @@ impl Xen {
             return Err(EBUSY);
         }
         (frame.tables, frame.level) = (1, level);
-        for slot in 0..512 {
-            if let Err(errno) = self.get_entry(id, level, slot, self.word(mfn, slot)) {
-                (0..slot).for_each(|s| self.put_entry(level, s, self.word(mfn, s)));
+        let table: Vec<u64> = self.memory.page(mfn).words().collect();
+        for (slot, pte) in table.iter().enumerate() {
+            if let Err(errno) = self.get_entry(id, level, slot, *pte) {
+                (0..slot).for_each(|slot| self.put_entry(level, slot, table[slot]));
                 self.frame(mfn).tables = 0;
                 return Err(errno);
             }
@@ -313,7 +325,8 @@ impl Xen {
             return;
         }
         let (level, owner) = (frame.level, frame.owner);
-        (0..512).for_each(|slot| self.put_entry(level, slot, self.word(mfn, slot)));
+        let table = self.memory.page(mfn);
+        table.words().enumerate().for_each(|(slot, pte)| self.put_entry(level, slot, pte));
         self.mark_frame(owner.expect("an owner"), mfn);
     }
 
@@ -392,12 +405,12 @@ impl Xen {
     }
 
     pub(super) fn word(&self, mfn: u64, slot: usize) -> u64 {
-        u64::from_le_bytes(self.frames[mfn as usize].data[slot * 8..][..8].try_into().unwrap())
+        self.memory.word(mfn, slot)
     }
 
     /// Writes without marking: what Xen does, or a guest that is being built.
     pub(super) fn set_word(&mut self, mfn: u64, slot: usize, word: u64) {
-        self.frame(mfn).data[slot * 8..][..8].copy_from_slice(&word.to_le_bytes());
+        self.memory.set_word(mfn, slot, word);
     }
 
     /// A PV guest writes a word of its own ordinary memory.
@@ -409,10 +422,25 @@ impl Xen {
 
     /// Log-dirty for a frame of a PV guest: by the m2p.
     fn mark_frame(&mut self, id: u16, mfn: u64) {
-        let pfn = self.m2p[mfn as usize];
+        let pfn = self.memory.m2p(mfn);
         if !self.dom(id).hvm && pfn != INVALID_FRAME {
             self.mark(id, pfn);
         }
+    }
+
+    /// The errno that a call of `op` is to fail with now, if it is.
+    pub(super) fn fault(&mut self, op: &str) -> Option<i32> {
+        let mut fault = None;
+        self.faults.retain_mut(|(name, succeed, errno)| {
+            let due = *name == op && *succeed == 0;
+            if due {
+                fault = Some(*errno);
+            } else if *name == op {
+                *succeed -= 1;
+            }
+            !due
+        });
+        fault
     }
 
     pub(super) fn mark(&mut self, id: u16, pfn: u64) {

@@ -6,9 +6,12 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, smoke, soak, unit};
+use rxl_tests::{bad_input, fake, smoke, soak, unit};
 
-/// Runs rxl's tests; without a suite, those of CI: unit, then smoke.
+/// Migrations on the modelled Xen that CI does: every cell of the matrix once.
+const FAKE_RUNS_IN_CI: u64 = 36;
+
+/// Runs rxl's tests; without a suite, those of CI: unit, fake (short), then smoke.
 ///
 /// Suites that need the lab use the one that is up, or boot one and take it down at the end.
 #[derive(Parser)]
@@ -22,6 +25,15 @@ struct Arguments {
 enum Suite {
     /// Formatting, lints, and the tests of all crates; needs no lab
     Unit,
+    /// Moves guests between stock's save helper and rxl's on a modelled Xen; needs no lab
+    Fake {
+        /// How many migrations
+        #[arg(long, default_value_t = 216)]
+        runs: u64,
+        /// Seed of the first; each has the next
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+    },
     /// Moves a PV and a PVH guest between rxl and rxl, and between rxl and the stock xl
     Smoke,
     /// Moves both guests there and back many times, then counts what is left behind
@@ -39,9 +51,11 @@ fn main() -> ExitCode {
     match Arguments::parse().suite {
         None => {
             unit::run(&mut tally);
+            fake::run(&mut tally, FAKE_RUNS_IN_CI, 1);
             in_lab(&mut tally, smoke::run);
         }
         Some(Suite::Unit) => unit::run(&mut tally),
+        Some(Suite::Fake { runs, seed }) => fake::run(&mut tally, runs, seed),
         Some(Suite::Smoke) => in_lab(&mut tally, smoke::run),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {
             soak::run(tally, session, rounds);
