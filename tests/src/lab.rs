@@ -12,6 +12,9 @@ use crate::tally::note;
 /// How long what a migration started may take to end after it.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long a host may take to destroy a domain.
+const DESTROY_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A lab that is up, with this tree's rxl on its hosts. One that was not up before is taken down
 /// at the end.
 #[derive(Debug)]
@@ -87,7 +90,10 @@ impl Session {
     pub fn remove(&self, guest: &str) -> Result<()> {
         for host in self.lab.hosts() {
             for name in domains(host)?.iter().filter(|name| is_or_was(name, guest)) {
-                host.run(&format!("xl destroy {name}"))?;
+                // What a migration left may end by itself meanwhile: gone is what is asked for.
+                let finished = host.finish(&format!("xl destroy {name}"), DESTROY_TIMEOUT)?;
+                let is_gone = finished.status.success() || !domains(host)?.contains(name);
+                ensure!(is_gone, "cannot destroy {name}: {}", describe(&finished));
             }
         }
         Ok(())

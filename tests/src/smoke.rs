@@ -15,9 +15,9 @@ const ROUTES: [(&str, Route); 3] = [
     ("rxl to stock xl", Route::RxlToXl),
 ];
 
-/// Moves a PV guest and a PVH guest along every route, the PV guest also by ssh.
+/// Moves a guest of each kind along every route, the PV guest also by ssh.
 pub fn run(tally: &mut Tally, session: &Session) {
-    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+    for kind in [GuestKind::Pv, GuestKind::Pvh, GuestKind::Hvm] {
         let guest = format!("smoke-{kind}");
         let label = kind.to_string().to_uppercase();
         let start = || session.start(&guest, kind, DIRTY_PAGES_PER_S);

@@ -25,7 +25,7 @@ pub(crate) enum Progress {
 impl Progress {
     /// For the sender: a bar on a terminal.
     pub(crate) fn of_sender() -> Progress {
-        if output::stderr_is_terminal() { Progress::Bar } else { Progress::Lines }
+        if output::stderr_shows_bars() { Progress::Bar } else { Progress::Lines }
     }
 }
 

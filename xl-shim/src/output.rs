@@ -112,6 +112,12 @@ pub(crate) fn stderr_is_terminal() -> bool {
     io::stderr().is_terminal()
 }
 
+/// Whether a progress bar can be seen: standard error is a terminal that can redraw a line
+/// (`TERM` is set, and not to `dumb`). If not, xl's lines say how far a migration is.
+pub(crate) fn stderr_shows_bars() -> bool {
+    !ProgressDrawTarget::stderr().is_hidden()
+}
+
 /// What `xl` prints when nobody can know whether the guest runs at the target.
 pub(crate) const UNDEFINED: &str = "\
 ** Migration failed during final handshake **

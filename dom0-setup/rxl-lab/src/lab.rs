@@ -173,7 +173,7 @@ impl Lab {
             })?;
             host.connect()?;
             host.write_file(AGENT_PATH, "755", &fs::read(lab.images.clock_agent())?)?;
-            plain::install(host)
+            plain::install(host, &lab.images.plain_client())
         })?;
         step("set the hosts' clocks", || lab.sync_clocks())?;
         state.is_up = true;

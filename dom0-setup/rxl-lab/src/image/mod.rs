@@ -104,6 +104,11 @@ impl Images {
     pub fn clock_agent(&self) -> PathBuf {
         self.guest.join(guest::CLOCK_AGENT)
     }
+
+    /// The client of connections without encryption, a static program for the hosts.
+    pub fn plain_client(&self) -> PathBuf {
+        self.guest.join(guest::PLAIN_CLIENT)
+    }
 }
 
 pub(crate) use dom0::GUEST_KERNEL_PATH;
