@@ -1,30 +1,22 @@
-//! The moment up to which a migration can be cancelled, and the signals that cancel it.
-//!
-//! A [`Gate`] is open until somebody cancels or the driver commits (it is about to try the step
-//! that cannot be taken back); whoever comes first wins, the other is told. So Ctrl-C either ends
-//! a migration with the guest running where it was, or comes too late and is ignored; it never
-//! meets the handshake half way. The transport does not see Ctrl-C at all ([`crate::transport`]).
+//! The signals that cancel a migration, and the gate that says up to when they do
+//! ([`rxl_migrate::xl::gate`]). The transport does not see Ctrl-C at all ([`crate::transport`]).
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 use std::thread::JoinHandle;
 use std::{io, thread};
 
 use rustix::pipe::{PipeFlags, pipe_with};
+use rxl_migrate::xl;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::output::Screen;
 
-const OPEN: u8 = 0;
-const CANCELLED: u8 = 1;
-const COMMITTED: u8 = 2;
-
-/// Open, cancelled or committed.
+/// A gate that wakes whoever waits for something else.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    state: AtomicU8,
+    gate: xl::Gate,
     /// Readable from the cancellation on.
     wake: OwnedFd,
     waker: OwnedFd,
@@ -33,12 +25,12 @@ pub(crate) struct Gate {
 impl Gate {
     pub(crate) fn new() -> io::Result<Gate> {
         let (wake, waker) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        Ok(Gate { state: AtomicU8::new(OPEN), wake, waker })
+        Ok(Gate { gate: xl::Gate::new(), wake, waker })
     }
 
     /// Asks for the end. `false`: too late, or asked before.
     pub(crate) fn cancel(&self) -> bool {
-        let first = self.state.compare_exchange(OPEN, CANCELLED, SeqCst, SeqCst).is_ok();
+        let first = self.gate.cancel();
         if first {
             // A byte in a pipe that nobody reads: every poll from now on sees it.
             let _ = rustix::io::write(&self.waker, &[0]);
@@ -46,13 +38,13 @@ impl Gate {
         first
     }
 
-    /// From now on nothing is cancelled. `false`: it has been cancelled before.
-    pub(crate) fn commit(&self) -> bool {
-        self.state.compare_exchange(OPEN, COMMITTED, SeqCst, SeqCst) != Err(CANCELLED)
+    /// The decision alone.
+    pub(crate) fn gate(&self) -> &xl::Gate {
+        &self.gate
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {
-        self.state.load(SeqCst) == CANCELLED
+        self.gate.is_cancelled()
     }
 
     /// Becomes readable when it is cancelled.
@@ -109,19 +101,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whoever_comes_first_wins_the_gate() {
-        let gate = Gate::new().unwrap();
-        assert!(gate.commit() && gate.commit());
-        assert!(!gate.cancel() && !gate.is_cancelled());
-        let gate = Gate::new().unwrap();
-        assert!(gate.cancel() && !gate.cancel());
-        assert!(!gate.commit() && gate.is_cancelled());
-    }
-
-    #[test]
     fn a_signal_cancels_and_a_second_one_hurries_and_after_the_commit_none_does() {
         use rustix::process::{Signal, getpid, kill_process};
-        use std::sync::atomic::AtomicUsize;
+        use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
         let calls = Arc::new(AtomicUsize::new(0));
         let watch = |gate: &Arc<Gate>, screen: &Screen| {
             let calls = calls.clone();
@@ -146,7 +128,7 @@ mod tests {
         assert_eq!(calls.load(SeqCst), 2);
 
         let (gate, screen) = (Arc::new(Gate::new().unwrap()), Screen::buffer());
-        assert!(gate.commit());
+        assert!(gate.gate().commit());
         let watching = watch(&gate, &screen);
         kill_process(getpid(), Signal::HUP).unwrap();
         wait_for(&screen, "too late");

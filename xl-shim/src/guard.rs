@@ -1,30 +1,20 @@
-//! A process that puts things right if the migration it belongs to is killed.
-//!
-//! Who sends or receives a domain holds it in a state that only it can end: suspended here, half
-//! built there. Should that process die without a word (SIGKILL, out of memory), its guard sees
-//! the end of the pipe between them:
-//!
-//! - at the source it waits until the guest has suspended, if it was asked to, and resumes it
-//!   under its own name;
-//! - at the target it destroys the copy that is called `NAME--incoming`.
-//!
-//! It does neither once it has been told to stand down, which its owner does *before* it tries to
-//! write Go, and when it has received Go: from then on the other copy may run.
+//! The process that puts things right if the migration it belongs to is killed. What it does, and
+//! when, is [`rxl_migrate::xl::guard`]'s.
 
 use std::env;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
-use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
+use rxl_migrate::xl::{away_name, guard};
+use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::Exit;
 use crate::cli::Globals;
 use crate::host::{self, Progress};
-use crate::migrate::AWAY;
 use crate::output::{self, Screen};
 
 /// Which end a guard belongs to.
@@ -36,8 +26,6 @@ pub(crate) enum Side {
     Target,
 }
 
-/// Any byte on the pipe: nothing is left to put right.
-const STAND_DOWN: &[u8] = b"x";
 /// A guest that was asked to suspend follows within libxl's limit, or never.
 const SUSPEND_LIMIT: Duration = Duration::from_secs(65);
 const POLL: Duration = Duration::from_millis(500);
@@ -82,7 +70,7 @@ impl Guard {
     pub(crate) fn stand_down(&mut self) {
         if let Some((_, pipe)) = &mut self.0 {
             // A guard that is gone does nothing either.
-            let _ = pipe.write_all(STAND_DOWN);
+            let _ = pipe.write_all(guard::STAND_DOWN);
         }
     }
 
@@ -112,7 +100,7 @@ pub(crate) fn run(
 ) -> anyhow::Result<Exit> {
     // Away from the terminal, whose Ctrl-C is for the owner to judge.
     rustix::process::setsid().context("leaving the session")?;
-    if !wait(&mut io::stdin()) {
+    if !guard::is_needed(&mut io::stdin()) {
         return Ok(Exit::Success);
     }
     let host = host::open(globals, Progress::Silent)?;
@@ -125,53 +113,57 @@ pub(crate) fn run(
     Ok(Exit::Success)
 }
 
-/// Waits for a word or the end of `owner`. True: there is something to do.
-pub(crate) fn wait(owner: &mut impl Read) -> bool {
-    let mut word = [0];
-    loop {
-        match owner.read(&mut word) {
-            Ok(0) => return true,
-            Ok(_) => return false,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return true,
-        }
-    }
-}
-
-/// Puts the source right: the guest runs on under its own name.
+/// Puts the source right.
 pub(crate) fn keep(host: &dyn Lifecycle, domid: DomId, name: &str) -> anyhow::Result<()> {
     let limit = Instant::now() + SUSPEND_LIMIT;
-    while host.state(domid)? != DomainState::Suspended {
-        if Instant::now() >= limit {
-            return Ok(());
-        }
-        thread::sleep(POLL);
-    }
-    let away = format!("{name}{AWAY}");
-    if host.name(domid)? == away {
-        host.rename(domid, &away, name)?;
-    }
-    Ok(host.resume(domid)?)
+    Ok(guard::keep(&mut Source { host, domid, name, limit })?)
 }
 
-/// Puts the target right: no half-built copy is left. `incoming` is its name.
-pub(crate) fn clear(host: &dyn Lifecycle, incoming: &str) -> anyhow::Result<()> {
-    match host.resolve(incoming) {
-        Ok(domid) => Ok(host.destroy(domid)?),
-        Err(_) => Ok(()),
+/// The domain that is being sent.
+struct Source<'a> {
+    host: &'a dyn Lifecycle,
+    domid: DomId,
+    name: &'a str,
+    limit: Instant,
+}
+
+impl guard::Keeper for Source<'_> {
+    type Error = LifecycleError;
+
+    fn is_suspended(&mut self) -> Result<bool, LifecycleError> {
+        Ok(self.host.state(self.domid)? == DomainState::Suspended)
     }
+
+    fn wait(&mut self) -> bool {
+        let on = Instant::now() < self.limit;
+        if on {
+            thread::sleep(POLL);
+        }
+        on
+    }
+
+    fn restore_name(&mut self) -> Result<(), LifecycleError> {
+        let away = away_name(self.name);
+        if self.host.name(self.domid)? == away {
+            self.host.rename(self.domid, &away, self.name)?;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), LifecycleError> {
+        self.host.resume(self.domid)
+    }
+}
+
+/// Puts the target right. `incoming` is the copy's name.
+pub(crate) fn clear(host: &dyn Lifecycle, incoming: &str) -> anyhow::Result<()> {
+    Ok(guard::clear(|| host.resolve(incoming).ok(), |domid| host.destroy(domid))?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fake::{Condition, FakeHost};
-
-    #[test]
-    fn a_guard_acts_only_if_its_owner_goes_without_a_word() {
-        assert!(wait(&mut io::empty()));
-        assert!(!wait(&mut STAND_DOWN.repeat(2).as_slice()));
-    }
 
     #[test]
     fn at_the_source_the_guest_runs_on_under_its_own_name() {

@@ -1,12 +1,12 @@
 //! `rxl resume`: the last step by hand after a migration of which nobody knows how it ended.
 
 use anyhow::bail;
+use rxl_migrate::xl::AWAY;
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
 
 use crate::Exit;
 use crate::cli::Globals;
 use crate::host::{self, Progress};
-use crate::migrate::AWAY;
 use crate::output::Screen;
 
 pub(crate) fn run(globals: &Globals, domain: &str) -> anyhow::Result<Exit> {

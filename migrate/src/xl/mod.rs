@@ -1,9 +1,36 @@
 //! What `xl` adds around a libxl stream: a header with the domain's configuration ([`header`])
-//! and, for a migration, a conversation between the two ends ([`handshake`]).
+//! and, for a migration, a conversation between the two ends.
 //!
-//! What it is not: it spawns no transport, reads no configuration file and calls no libxl. Both
-//! parts are formats and state machines; `rxl` drives them. The formats have no specification of
-//! their own: they are what `xl` of Xen 4.5 and later writes and reads.
+//! [`handshake`] says in what order things happen and does nothing itself. [`departure`] and
+//! [`arrival`] do what it says, against a trait each: up to when a step may be cancelled
+//! ([`gate`]), when the guards stand down, what comes before what. [`guard`] is what a guard does
+//! for an owner that was killed, [`channel`] how messages are heard and said. `rxl` implements the
+//! traits with libxl, pipes and processes, the simulator with models of them.
+//!
+//! What it is not: it spawns no transport, reads no configuration and calls no libxl. The formats
+//! have no specification of their own: they are what `xl` of Xen 4.5 and later writes and reads.
 
+pub mod arrival;
+pub mod channel;
+pub mod departure;
+pub mod gate;
+pub mod guard;
 pub mod handshake;
 pub mod header;
+
+pub use gate::Gate;
+
+/// What [`away_name`] appends.
+pub const AWAY: &str = "--migratedaway";
+
+/// The name that says that a domain is on its way.
+#[must_use]
+pub fn away_name(name: &str) -> String {
+    format!("{name}{AWAY}")
+}
+
+/// The name of a copy that may not run yet.
+#[must_use]
+pub fn incoming_name(name: &str) -> String {
+    format!("{name}--incoming")
+}

@@ -1,9 +1,9 @@
 //! What the user is told at the end: where the guest is, why, and what is left to do by hand.
 
+use rxl_migrate::xl::away_name;
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
 use rxl_toolstack::lifecycle::DomainState;
 
-use super::driver::away_name;
 use crate::output::{self, Screen};
 
 /// How a migration ended.

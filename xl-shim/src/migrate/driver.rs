@@ -1,16 +1,19 @@
-//! Does what the sender's state machine says: the one place that touches the domain on its way.
+//! What the sender does to its domain, the channel and the screen.
 //!
-//! What it is not: it decides nothing. The order of steps, and what may follow a failure, is
-//! [`rxl_migrate::xl::handshake`]'s.
+//! What it is not: it decides nothing. The order of steps, what may follow a failure and what may
+//! be cancelled is [`rxl_migrate::xl::departure`]'s.
 
 use std::io;
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::xl::handshake::{Message, Sender, SenderAction, SenderEnd, SenderEvent};
+use rxl_migrate::xl::channel::{Heard, Said, Until};
+use rxl_migrate::xl::departure::{self, Departing};
+use rxl_migrate::xl::handshake::{Message, SenderEnd};
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::{self, away_name};
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
-use crate::channel::{Channel, Heard, Said, Until};
+use crate::channel::Channel;
 use crate::events::EventsWriter;
 use crate::gate::Gate;
 use crate::guard::Guard;
@@ -39,59 +42,15 @@ pub(crate) struct Departure<'a> {
     pub(crate) details: Vec<String>,
 }
 
-/// The name that says that a domain is on its way.
-pub(crate) fn away_name(name: &str) -> String {
-    format!("{name}{AWAY}")
-}
-
-/// What [`away_name`] appends.
-pub(crate) const AWAY: &str = "--migratedaway";
-
 impl Departure<'_> {
     /// From the banner to the end.
     ///
     /// # Errors
     /// Only a bug: an event that the machine does not take. The domain then is as it is.
     pub(crate) fn run(&mut self) -> rxl_migrate::Result<SenderEnd> {
-        let mut machine = Sender::new();
-        let mut action = machine.step(SenderEvent::Begin)?;
-        loop {
-            let heard;
-            let event = match action {
-                SenderAction::Finish(end) => {
-                    self.timeline.mark(Mark::Ended);
-                    return Ok(end);
-                }
-                SenderAction::Receive(message) => {
-                    heard = self.hear(message);
-                    match &heard {
-                        Heard::Bytes(bytes) => SenderEvent::Received(bytes),
-                        Heard::Lost(_) => SenderEvent::Lost,
-                        Heard::Cancelled => SenderEvent::Cancelled,
-                    }
-                }
-                SenderAction::SendDomain => self.send_domain(),
-                SenderAction::AskWhetherSuspended => self.ask_state(),
-                SenderAction::RenameAway => self.rename_away(),
-                SenderAction::SendGo => self.send_go(),
-                SenderAction::Destroy => {
-                    self.say("migration sender: Target reports successful startup.");
-                    done(self.try_to(|host, domid| host.destroy(domid)))
-                }
-                SenderAction::RenameBack => {
-                    let (from, to) = (away_name(self.name), self.name.to_owned());
-                    done(self.try_to(|host, domid| host.rename(domid, &from, &to)))
-                }
-                SenderAction::Resume => done(self.try_to(|host, domid| host.resume(domid))),
-            };
-            action = match machine.step(event) {
-                Ok(action) => action,
-                Err(bug) => {
-                    self.guard.abandon();
-                    return Err(bug);
-                }
-            };
-        }
+        let end = departure::run(self)?;
+        self.timeline.mark(Mark::Ended);
+        Ok(end)
     }
 
     fn say(&self, text: &str) {
@@ -112,11 +71,39 @@ impl Departure<'_> {
         }
     }
 
-    fn hear(&mut self, message: Message) -> Heard {
-        let until = match message {
-            Message::Report | Message::Destroyed => Until::TheEnd,
-            _ => Until::Cancelled,
-        };
+    /// Writes to the target; if it fails, why is kept.
+    fn write(&mut self, what: &str, bytes: &[u8], until: Until) -> Said {
+        let said = self.channel.say(bytes, until);
+        if let Said::Failed(error) = &said {
+            self.details.push(format!("writing {what}: {error}"));
+        }
+        said
+    }
+
+    fn heard(&mut self, message: Message, bytes: &[u8]) {
+        match message {
+            Message::Banner => self.timeline.mark(Mark::Answered),
+            Message::Ready => self.timeline.mark(Mark::Ready),
+            Message::Report => {
+                self.timeline.mark(Mark::Reported);
+                if let Some(status @ 1..) = bytes.last() {
+                    self.say(&format!(
+                        "migration sender: Target reports startup failure (status code {status})."
+                    ));
+                }
+            }
+            Message::Destroyed => self.say("migration sender: Trying to resume at our end."),
+            Message::Go => {}
+        }
+    }
+}
+
+impl Departing for Departure<'_> {
+    fn gate(&self) -> &xl::Gate {
+        self.gate.gate()
+    }
+
+    fn hear(&mut self, message: Message, until: Until) -> Heard {
         let waiting = match message {
             Message::Banner => "answered (is ssh asking for a password?)",
             Message::Ready => "said that it has the domain",
@@ -139,104 +126,80 @@ impl Departure<'_> {
         heard
     }
 
-    fn heard(&mut self, message: Message, bytes: &[u8]) {
-        match message {
-            Message::Banner => self.timeline.mark(Mark::Answered),
-            Message::Ready => self.timeline.mark(Mark::Ready),
-            Message::Report => {
-                self.timeline.mark(Mark::Reported);
-                if let Some(status @ 1..) = bytes.last() {
-                    self.say(&format!(
-                        "migration sender: Target reports startup failure (status code {status})."
-                    ));
-                }
-            }
-            Message::Destroyed => self.say("migration sender: Trying to resume at our end."),
-            Message::Go => {}
-        }
-    }
-
-    fn send_domain(&mut self) -> SenderEvent<'static> {
+    fn write_header(&mut self) -> Said {
         let (mandatory, optional, length) = self.header.info;
         self.say(&format!(
             "Saving to migration stream new xl format (info {mandatory:#x}/{optional:#x}/{length})"
         ));
-        let result = match self.channel.say(&self.header.to_bytes(), Until::Cancelled) {
-            Said::Done => self.save(),
-            Said::Cancelled => SenderEvent::Cancelled,
-            Said::Failed(error) => {
-                self.details.push(format!("writing the header: {error}"));
-                SenderEvent::Failed
-            }
-        };
-        // The helper is over, or never began: nobody writes events any more.
-        self.events = None;
-        result
+        self.write("the header", &self.header.to_bytes(), Until::Cancelled)
     }
 
-    fn save(&mut self) -> SenderEvent<'static> {
-        if self.gate.is_cancelled() {
-            return SenderEvent::Cancelled;
-        }
-        match self.host.save(self.domid, self.channel.output(), true, self.debug) {
-            Ok(()) => {
-                self.timeline.mark(Mark::Sent);
-                SenderEvent::Done
-            }
-            Err(_) if self.gate.is_cancelled() => SenderEvent::Cancelled,
+    fn save(&mut self) -> bool {
+        let saved = self.host.save(self.domid, self.channel.output(), true, self.debug);
+        // The helper is over: nobody writes events any more.
+        self.events = None;
+        match saved {
+            Ok(()) => self.timeline.mark(Mark::Sent),
+            // Whoever cancelled knows why it ended.
+            Err(_) if self.gate.is_cancelled() => return false,
             Err(error) => {
                 self.save_error = Some(error);
-                SenderEvent::Failed
+                return false;
             }
         }
+        true
     }
 
-    fn ask_state(&mut self) -> SenderEvent<'static> {
+    fn is_suspended(&mut self) -> Option<bool> {
         match self.host.state(self.domid) {
             Ok(DomainState::Suspended) => {
                 self.say("Migration failed, resuming at sender.");
-                SenderEvent::Suspended(true)
+                Some(true)
             }
             Ok(_) => {
                 if !self.gate.is_cancelled() {
                     self.say("Migration failed, failed to suspend at sender.");
                 }
-                SenderEvent::Suspended(false)
+                Some(false)
             }
             Err(error) => {
                 self.details.push(error.to_string());
-                SenderEvent::Failed
+                None
             }
         }
     }
 
-    fn rename_away(&mut self) -> SenderEvent<'static> {
-        if self.gate.is_cancelled() {
-            return SenderEvent::Cancelled;
-        }
+    fn rename_away(&mut self) -> bool {
         self.say("migration sender: Target has acknowledged transfer.");
         let (from, to) = (self.name.to_owned(), away_name(self.name));
-        done(self.try_to(|host, domid| host.rename(domid, &from, &to)))
+        self.try_to(|host, domid| host.rename(domid, &from, &to))
     }
 
-    fn send_go(&mut self) -> SenderEvent<'static> {
-        if !self.gate.commit() {
-            return SenderEvent::Cancelled;
-        }
-        // Before the try: whoever finds this process dead must not resume from now on.
+    fn stand_down(&mut self) {
         self.guard.stand_down();
-        self.say("migration sender: Giving target permission to start.");
-        match self.channel.say(Message::Go.text(), Until::TheEnd) {
-            Said::Done => SenderEvent::Done,
-            Said::Cancelled => SenderEvent::Failed,
-            Said::Failed(error) => {
-                self.details.push(format!("writing the permission to start: {error}"));
-                SenderEvent::Failed
-            }
-        }
     }
-}
 
-fn done(ok: bool) -> SenderEvent<'static> {
-    if ok { SenderEvent::Done } else { SenderEvent::Failed }
+    fn abandon(&mut self) {
+        self.guard.abandon();
+    }
+
+    fn write_go(&mut self) -> bool {
+        self.say("migration sender: Giving target permission to start.");
+        let go = Message::Go.text();
+        matches!(self.write("the permission to start", go, Until::TheEnd), Said::Done)
+    }
+
+    fn destroy(&mut self) -> bool {
+        self.say("migration sender: Target reports successful startup.");
+        self.try_to(|host, domid| host.destroy(domid))
+    }
+
+    fn rename_back(&mut self) -> bool {
+        let (from, to) = (away_name(self.name), self.name.to_owned());
+        self.try_to(|host, domid| host.rename(domid, &from, &to))
+    }
+
+    fn resume(&mut self) -> bool {
+        self.try_to(|host, domid| host.resume(domid))
+    }
 }

@@ -29,7 +29,7 @@ use crate::timeline::{Mark, Timeline};
 use crate::transport::{self, Rune, Transport};
 
 pub(crate) use conclusion::Conclusion;
-pub(crate) use driver::{AWAY, Departure};
+pub(crate) use driver::Departure;
 
 /// The domain to move.
 struct Guest {

@@ -1,14 +1,17 @@
-//! Does what the receiver's state machine says.
+//! What the receiver does to this host, the channel and the screen.
 //!
-//! What it is not: it decides nothing; see [`rxl_migrate::xl::handshake`].
+//! What it is not: it decides nothing; see [`rxl_migrate::xl::arrival`].
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::xl::handshake::{Message, Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent};
+use rxl_migrate::xl::arrival::{self, Arriving, Done, FAILED};
+use rxl_migrate::xl::channel::{Cancellable, Heard, Said, Until};
+use rxl_migrate::xl::handshake::{Message, ReceiverEnd};
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::{self, incoming_name};
 use rxl_toolstack::libxl::config::DomainConfig;
 use rxl_toolstack::lifecycle::{Lifecycle, LifecycleError};
 
-use crate::channel::{Channel, Heard, Said, Until};
+use crate::channel::Channel;
 use crate::gate::Gate;
 use crate::guard::{Guard, Side};
 use crate::monitor;
@@ -27,7 +30,8 @@ pub(crate) struct Arrival<'a> {
     /// How to make what must outlive this process, or stand in for it.
     pub(crate) helpers: Helpers,
     guard: Guard,
-    domain: Option<Copy>,
+    expected: Expected,
+    copy: Option<DomId>,
 }
 
 /// Processes that accompany a domain; tests do without.
@@ -39,19 +43,15 @@ pub(crate) struct Helpers {
     pub(crate) monitor: bool,
 }
 
-/// The copy here.
-struct Copy {
-    domid: DomId,
+/// What the header says of the domain.
+#[derive(Default)]
+struct Expected {
     name: String,
+    /// The configuration as it came, for the monitor.
+    own: String,
+    /// The same under the name of a copy that may not run yet.
+    config: String,
 }
-
-/// The name of a copy that may not run yet.
-pub(crate) fn incoming_name(name: &str) -> String {
-    format!("{name}--incoming")
-}
-
-/// The status that says "failed" where libxl gave no code of its own (`ERROR_FAIL`).
-const FAILED: u8 = 3;
 
 impl<'a> Arrival<'a> {
     pub(crate) fn new(
@@ -70,7 +70,8 @@ impl<'a> Arrival<'a> {
             print_config: false,
             helpers,
             guard: Guard::none(),
-            domain: None,
+            expected: Expected::default(),
+            copy: None,
         }
     }
 
@@ -79,91 +80,66 @@ impl<'a> Arrival<'a> {
     /// # Errors
     /// Only a bug: an event that the machine does not take.
     pub(crate) fn run(&mut self) -> rxl_migrate::Result<ReceiverEnd> {
-        let mut machine = Receiver::new(self.paused);
-        let mut action = machine.step(ReceiverEvent::Begin)?;
-        loop {
-            let heard;
-            let event = match action {
-                ReceiverAction::Finish(end) => return Ok(end),
-                ReceiverAction::Receive(message) => {
-                    heard = self.channel.hear(message, Until::Cancelled, || {});
-                    match &heard {
-                        Heard::Bytes(bytes) => ReceiverEvent::Received(bytes),
-                        Heard::Lost(_) => ReceiverEvent::Lost,
-                        Heard::Cancelled => ReceiverEvent::Cancelled,
-                    }
-                }
-                ReceiverAction::Send(message) => self.send(message),
-                ReceiverAction::SendReport(status) => {
-                    let report = [Message::Report.text(), &[status]].concat();
-                    self.write(&report, Until::TheEnd)
-                }
-                ReceiverAction::Create => self.create(),
-                ReceiverAction::Rename => self.rename(),
-                ReceiverAction::Unpause => {
-                    self.on_copy("unpause", |host, copy| host.unpause(copy.domid))
-                }
-                ReceiverAction::Destroy => self.destroy(),
-            };
-            action = match machine.step(event) {
-                Ok(action) => action,
-                Err(bug) => {
-                    self.guard.abandon();
-                    return Err(bug);
-                }
-            };
-        }
+        arrival::run(self)
     }
 
-    fn say(&self, text: &str) {
+    fn tell(&self, text: &str) {
         self.screen.line(&format!("migration target: {text}"));
     }
 
-    fn send(&mut self, message: Message) -> ReceiverEvent<'static> {
-        let until = match message {
-            Message::Banner => {
-                self.say("Ready to receive domain.");
-                Until::Cancelled
-            }
+    /// The name of the copy until it may run.
+    fn incoming(&self) -> String {
+        incoming_name(&self.expected.name)
+    }
+
+    /// A request about the copy.
+    fn on_copy(
+        &self,
+        what: &str,
+        request: impl FnOnce(&dyn Lifecycle, DomId) -> Result<(), LifecycleError>,
+    ) -> Done {
+        let copy = self.copy.ok_or(FAILED)?;
+        request(self.host, copy).map_err(|error| {
+            self.screen.line(&format!("rxl: {what}: {error}"));
+            code_of(&error)
+        })
+    }
+}
+
+impl Arriving for Arrival<'_> {
+    type Error = anyhow::Error;
+
+    fn gate(&self) -> &xl::Gate {
+        self.gate.gate()
+    }
+
+    fn stays_paused(&self) -> bool {
+        self.paused
+    }
+
+    fn hear(&mut self, message: Message) -> Heard {
+        self.channel.hear(message, Until::Cancelled, || {})
+    }
+
+    fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
+        match message {
+            Message::Banner => self.tell("Ready to receive domain."),
             Message::Ready => {
-                self.say("Transfer complete, requesting permission to start domain.");
-                Until::Cancelled
+                self.tell("Transfer complete, requesting permission to start domain.");
             }
-            _ => {
-                self.say("Cleanup OK, granting sender permission to resume.");
-                Until::TheEnd
-            }
-        };
-        self.write(message.text(), until)
-    }
-
-    fn write(&mut self, bytes: &[u8], until: Until) -> ReceiverEvent<'static> {
-        match self.channel.say(bytes, until) {
-            Said::Done => ReceiverEvent::Done,
-            Said::Cancelled => ReceiverEvent::Cancelled,
-            Said::Failed(error) => {
-                self.screen.line(&format!("rxl: writing to the sender: {error}"));
-                ReceiverEvent::Failed(FAILED)
-            }
+            Message::Destroyed => self.tell("Cleanup OK, granting sender permission to resume."),
+            Message::Report | Message::Go => {}
         }
-    }
-
-    fn create(&mut self) -> ReceiverEvent<'static> {
-        match self.receive() {
-            Ok(()) => ReceiverEvent::Done,
-            Err(_) if self.gate.is_cancelled() => ReceiverEvent::Cancelled,
-            Err(error) => {
-                let code = error.downcast_ref().map_or(FAILED, code_of);
-                self.screen.line(&format!("rxl: {error:#}"));
-                self.say(&format!("Domain creation failed (code -{code})."));
-                ReceiverEvent::Failed(code)
-            }
+        let bytes = [message.text(), status.as_slice()].concat();
+        let said = self.channel.say(&bytes, until);
+        if let Said::Failed(error) = &said {
+            self.screen.line(&format!("rxl: writing to the sender: {error}"));
         }
+        said
     }
 
-    /// Header, room, stream: a paused copy.
-    fn receive(&mut self) -> anyhow::Result<()> {
-        let header = Header::read_from(&mut &self.channel)?;
+    fn read_header(&mut self) -> anyhow::Result<()> {
+        let header = Header::read_from(&mut Cancellable(&self.channel))?;
         let (mandatory, optional, length) = header.info;
         self.screen.line(&format!(
             "Loading new save file <incoming migration stream> \
@@ -174,69 +150,81 @@ impl<'a> Arrival<'a> {
         let mut config = DomainConfig::parse(&header.config)?;
         let name = config.name().unwrap_or_default().to_owned();
         anyhow::ensure!(!name.is_empty(), "the domain's configuration has no name");
-        let incoming = incoming_name(&name);
         let own = config.to_json();
-        config.set_name(&incoming);
-        let config = config.to_json();
+        config.set_name(&incoming_name(&name));
+        self.expected = Expected { name, own, config: config.to_json() };
         if self.print_config {
-            self.screen.line(&config);
-        }
-        // Before the guard, which would destroy it.
-        anyhow::ensure!(
-            self.host.resolve(&incoming).is_err(),
-            "a domain {incoming} is on this host already: another migration, or its remains"
-        );
-        self.host.reserve_memory(&config)?;
-        if self.helpers.guard {
-            self.guard = Guard::start(Side::Target, &incoming, None, self.screen);
-        }
-        let domid = self.host.restore(&config, self.channel.input())?;
-        self.domain = Some(Copy { domid, name });
-        if self.helpers.monitor
-            && let Err(error) = monitor::start(domid, &incoming, &own)
-        {
-            self.screen.line(&format!(
-                "rxl: no monitor for {incoming}: {error:#}; nobody acts when the guest reboots \
-                 or ends"
-            ));
+            self.screen.line(&self.expected.config);
         }
         Ok(())
     }
 
-    fn rename(&mut self) -> ReceiverEvent<'static> {
-        if !self.gate.commit() {
-            return ReceiverEvent::Cancelled;
+    fn check_name(&mut self) -> anyhow::Result<()> {
+        let incoming = self.incoming();
+        anyhow::ensure!(
+            self.host.resolve(&incoming).is_err(),
+            "a domain {incoming} is on this host already: another migration, or its remains"
+        );
+        Ok(())
+    }
+
+    fn reserve_memory(&mut self) -> anyhow::Result<()> {
+        Ok(self.host.reserve_memory(&self.expected.config)?)
+    }
+
+    fn start_guard(&mut self) {
+        if self.helpers.guard {
+            self.guard = Guard::start(Side::Target, &self.incoming(), None, self.screen);
         }
+    }
+
+    fn restore(&mut self) -> anyhow::Result<()> {
+        self.copy = Some(self.host.restore(&self.expected.config, self.channel.input())?);
+        Ok(())
+    }
+
+    fn start_monitor(&mut self) {
+        if let Some(copy) = self.copy.filter(|_| self.helpers.monitor) {
+            let incoming = self.incoming();
+            if let Err(error) = monitor::start(copy, &incoming, &self.expected.own) {
+                self.screen.line(&format!(
+                    "rxl: no monitor for {incoming}: {error:#}; nobody acts when the guest reboots \
+                     or ends"
+                ));
+            }
+        }
+    }
+
+    fn not_created(&mut self, error: anyhow::Error) -> u8 {
+        let code = error.downcast_ref().map_or(FAILED, code_of);
+        self.screen.line(&format!("rxl: {error:#}"));
+        self.tell(&format!("Domain creation failed (code -{code})."));
+        code
+    }
+
+    fn stand_down(&mut self) {
         self.guard.stand_down();
-        self.say("Got permission, starting domain.");
+    }
+
+    fn abandon(&mut self) {
+        self.guard.abandon();
+    }
+
+    fn rename(&mut self) -> Done {
+        self.tell("Got permission, starting domain.");
         self.on_copy("rename", |host, copy| {
-            host.rename(copy.domid, &incoming_name(&copy.name), &copy.name)
+            host.rename(copy, &self.incoming(), &self.expected.name)
         })
     }
 
-    fn destroy(&mut self) -> ReceiverEvent<'static> {
-        self.say("Failure, destroying our copy.");
-        let event = self.on_copy("destroy", |host, copy| host.destroy(copy.domid));
-        if let ReceiverEvent::Failed(code) = event {
-            self.say(&format!("Failed to destroy our copy (code -{code})."));
-        }
-        event
+    fn unpause(&mut self) -> Done {
+        self.on_copy("unpause", |host, copy| host.unpause(copy))
     }
 
-    /// A request about the copy.
-    fn on_copy(
-        &self,
-        what: &str,
-        request: impl FnOnce(&dyn Lifecycle, &Copy) -> Result<(), LifecycleError>,
-    ) -> ReceiverEvent<'static> {
-        let Some(copy) = &self.domain else { return ReceiverEvent::Failed(FAILED) };
-        match request(self.host, copy) {
-            Ok(()) => ReceiverEvent::Done,
-            Err(error) => {
-                self.screen.line(&format!("rxl: {what}: {error}"));
-                ReceiverEvent::Failed(code_of(&error))
-            }
-        }
+    fn destroy(&mut self) -> Done {
+        self.tell("Failure, destroying our copy.");
+        let done = self.on_copy("destroy", |host, copy| host.destroy(copy));
+        done.inspect_err(|code| self.tell(&format!("Failed to destroy our copy (code -{code}).")))
     }
 }
 

@@ -1,0 +1,117 @@
+//! Does what the sender's state machine says: the one place that decides about the domain on its
+//! way.
+//!
+//! The order of steps, and what may follow a failure, is [`super::handshake`]'s. Here is up to
+//! when each may be cancelled, and that the guard stands down *before* Go is tried: whoever finds
+//! this process dead must not let the domain run on from then on.
+//!
+//! What it is not: it does nothing to a domain, a descriptor or a screen but through
+//! [`Departing`].
+
+use super::channel::{Heard, Said, Until};
+use super::gate::Gate;
+use super::handshake::{Message, Sender, SenderAction, SenderEnd, SenderEvent};
+use crate::Result;
+
+/// What the sender has to do it with: one domain on its way, the channel, the guard. Requests
+/// block; why one failed is the implementor's to keep for the user.
+pub trait Departing {
+    /// Up to when it can be cancelled.
+    fn gate(&self) -> &Gate;
+    /// Waits for a message.
+    fn hear(&mut self, message: Message, until: Until) -> Heard;
+    /// Writes the header; can be cancelled.
+    fn write_header(&mut self) -> Said;
+    /// Writes the domain's stream, after which it is suspended. `false`: it failed, and how the
+    /// domain is has to be asked.
+    fn save(&mut self) -> bool;
+    /// Whether the domain is suspended; `None` where nobody can say.
+    fn is_suspended(&mut self) -> Option<bool>;
+    /// Gives the domain the name of [`super::away_name`].
+    fn rename_away(&mut self) -> bool;
+    /// The guard may no longer do anything.
+    fn stand_down(&mut self);
+    /// The guard has to act, unless it has been told to stand down.
+    fn abandon(&mut self);
+    /// Writes Go; cannot be cancelled. `false`: it may have been written nevertheless.
+    fn write_go(&mut self) -> bool;
+    /// Destroys the domain.
+    fn destroy(&mut self) -> bool;
+    /// Gives the domain its own name.
+    fn rename_back(&mut self) -> bool;
+    /// Lets the domain run on.
+    fn resume(&mut self) -> bool;
+}
+
+/// From the banner to the end.
+///
+/// # Errors
+/// Only a bug: an event that the machine does not take. The domain then is as it is, and the
+/// guard's unless Go has been tried.
+pub fn run<D: Departing>(side: &mut D) -> Result<SenderEnd> {
+    let mut machine = Sender::new();
+    let mut action = machine.step(SenderEvent::Begin)?;
+    loop {
+        let heard;
+        let event = match action {
+            SenderAction::Finish(end) => return Ok(end),
+            SenderAction::Receive(message) => {
+                heard = side.hear(message, until(message));
+                match &heard {
+                    Heard::Bytes(bytes) => SenderEvent::Received(bytes),
+                    Heard::Lost(_) => SenderEvent::Lost,
+                    Heard::Cancelled => SenderEvent::Cancelled,
+                }
+            }
+            SenderAction::SendDomain => send_domain(side),
+            SenderAction::AskWhetherSuspended => match side.is_suspended() {
+                Some(suspended) => SenderEvent::Suspended(suspended),
+                None => SenderEvent::Failed,
+            },
+            SenderAction::RenameAway if side.gate().is_cancelled() => SenderEvent::Cancelled,
+            SenderAction::RenameAway => done(side.rename_away()),
+            SenderAction::SendGo => send_go(side),
+            SenderAction::Destroy => done(side.destroy()),
+            SenderAction::RenameBack => done(side.rename_back()),
+            SenderAction::Resume => done(side.resume()),
+        };
+        action = machine.step(event).inspect_err(|_| side.abandon())?;
+    }
+}
+
+/// After Go nothing is cancelled.
+fn until(message: Message) -> Until {
+    match message {
+        Message::Report | Message::Destroyed => Until::TheEnd,
+        Message::Banner | Message::Ready | Message::Go => Until::Cancelled,
+    }
+}
+
+fn send_domain<D: Departing>(side: &mut D) -> SenderEvent<'static> {
+    match side.write_header() {
+        Said::Done => {}
+        Said::Cancelled => return SenderEvent::Cancelled,
+        Said::Failed(_) => return SenderEvent::Failed,
+    }
+    if side.gate().is_cancelled() {
+        return SenderEvent::Cancelled;
+    }
+    match side.save() {
+        true => SenderEvent::Done,
+        false if side.gate().is_cancelled() => SenderEvent::Cancelled,
+        false => SenderEvent::Failed,
+    }
+}
+
+fn send_go<D: Departing>(side: &mut D) -> SenderEvent<'static> {
+    if !side.gate().commit() {
+        return SenderEvent::Cancelled;
+    }
+    // Before the try.
+    side.stand_down();
+    done(side.write_go())
+}
+
+fn done(ok: bool) -> SenderEvent<'static> {
+    if ok { SenderEvent::Done } else { SenderEvent::Failed }
+}
