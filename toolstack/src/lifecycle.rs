@@ -82,6 +82,12 @@ pub trait Lifecycle {
     /// # Errors
     /// libxl's; ask [`Lifecycle::state`] how the domain is.
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, debug: bool) -> Result<()>;
+    /// Switches log-dirty off, which a save helper that was killed has left on. Harmless where it
+    /// is off.
+    ///
+    /// # Errors
+    /// The hypervisor's.
+    fn log_dirty_off(&self, domain: DomId) -> Result<()>;
     /// A function that ends a [`Lifecycle::save`] or [`Lifecycle::restore`] from another thread;
     /// that then returns [`CANCELLED`], unless it succeeds nevertheless.
     ///

@@ -53,6 +53,8 @@ struct Inner {
     /// Called before each request; `false` makes it fail.
     hook: Mutex<Option<Hook>>,
     cancelled: AtomicBool,
+    /// Of the domain that was saved last; as after a helper that was killed, on at every failure.
+    log_dirty: AtomicBool,
 }
 
 impl fmt::Debug for FakeHost {
@@ -83,6 +85,11 @@ impl FakeHost {
     /// Name and condition of each domain.
     pub(crate) fn domains(&self) -> Vec<(String, Condition)> {
         self.0.domains.lock().unwrap().values().cloned().collect()
+    }
+
+    /// Whether log-dirty is on.
+    pub(crate) fn is_logging(&self) -> bool {
+        self.0.log_dirty.load(SeqCst)
     }
 
     fn ask(&self, request: Request) -> Result<()> {
@@ -139,7 +146,15 @@ impl Lifecycle for FakeHost {
         self.ask(Request::Save)?;
         let saved = self.write_stream(domain, fd);
         let rc = if self.0.cancelled.swap(false, SeqCst) { CANCELLED } else { -3 };
-        saved.map_err(|_| error(Request::Save, rc))
+        saved.map_err(|_| {
+            self.0.log_dirty.store(true, SeqCst);
+            error(Request::Save, rc)
+        })
+    }
+
+    fn log_dirty_off(&self, _domain: DomId) -> Result<()> {
+        self.0.log_dirty.store(false, SeqCst);
+        Ok(())
     }
 
     fn canceller(&self) -> Box<dyn Fn() + Send + Sync> {

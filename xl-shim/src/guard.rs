@@ -142,6 +142,12 @@ impl guard::Keeper for Source<'_> {
         on
     }
 
+    fn log_dirty_off(&mut self) {
+        if let Err(error) = self.host.log_dirty_off(self.domid) {
+            output::stderr(&format!("rxl: {error}"));
+        }
+    }
+
     fn restore_name(&mut self) -> Result<(), LifecycleError> {
         let away = away_name(self.name);
         if self.host.name(self.domid)? == away {

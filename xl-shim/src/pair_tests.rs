@@ -118,6 +118,7 @@ impl Pair {
     }
 
     fn assert_runs_at_source_only(&self) {
+        assert!(!self.source.is_logging());
         assert_eq!(self.source.domains(), [(NAME.to_owned(), Condition::Runs)]);
         assert_eq!(self.target.domains(), []);
     }

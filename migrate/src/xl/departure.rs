@@ -25,6 +25,8 @@ pub trait Departing {
     /// Writes the domain's stream, after which it is suspended. `false`: it failed, and how the
     /// domain is has to be asked.
     fn save(&mut self) -> bool;
+    /// Switches log-dirty off: a save helper that was killed has left it on.
+    fn log_dirty_off(&mut self);
     /// Whether the domain is suspended; `None` where nobody can say.
     fn is_suspended(&mut self) -> Option<bool>;
     /// Gives the domain the name of [`super::away_name`].
@@ -96,11 +98,11 @@ fn send_domain<D: Departing>(side: &mut D) -> SenderEvent<'static> {
     if side.gate().is_cancelled() {
         return SenderEvent::Cancelled;
     }
-    match side.save() {
-        true => SenderEvent::Done,
-        false if side.gate().is_cancelled() => SenderEvent::Cancelled,
-        false => SenderEvent::Failed,
+    if side.save() {
+        return SenderEvent::Done;
     }
+    side.log_dirty_off();
+    if side.gate().is_cancelled() { SenderEvent::Cancelled } else { SenderEvent::Failed }
 }
 
 fn send_go<D: Departing>(side: &mut D) -> SenderEvent<'static> {

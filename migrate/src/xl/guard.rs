@@ -5,7 +5,7 @@
 //! the end of the pipe between them:
 //!
 //! - at the source it waits until the guest has suspended, if it was asked to, and resumes it
-//!   under its own name ([`keep`]);
+//!   under its own name and without log-dirty ([`keep`]);
 //! - at the target it destroys the copy that has the name of [`super::incoming_name`] ([`clear`]).
 //!
 //! It does neither once it has been told to stand down, which its owner does *before* it tries to
@@ -31,6 +31,8 @@ pub trait Keeper {
     /// Waits until asking again makes sense; `false`: a guest that was asked to suspend would
     /// have followed by now.
     fn wait(&mut self) -> bool;
+    /// Switches log-dirty off: a save helper that was killed has left it on.
+    fn log_dirty_off(&mut self);
     /// Gives the domain its own name back, if it has that of [`super::away_name`].
     ///
     /// # Errors
@@ -56,18 +58,24 @@ pub fn is_needed(owner: &mut impl Read) -> bool {
     }
 }
 
-/// Puts the source right: the guest runs on under its own name.
+/// Puts the source right: the guest runs on under its own name, or under another if that cannot
+/// be had. A host that cannot say how the guest is will be asked again.
 ///
 /// # Errors
-/// The host's; the guest is as it is then.
+/// The host's last: the guest may be suspended still, or have the wrong name.
 pub fn keep<K: Keeper>(host: &mut K) -> Result<(), K::Error> {
-    while !host.is_suspended()? {
+    loop {
+        let suspended = host.is_suspended();
+        if matches!(suspended, Ok(true)) {
+            break;
+        }
         if !host.wait() {
-            return Ok(());
+            return suspended.map(|_| ());
         }
     }
-    host.restore_name()?;
-    host.resume()
+    host.log_dirty_off();
+    let named = host.restore_name();
+    host.resume().and(named)
 }
 
 /// Puts the target right: no half-built copy is left. `find` looks for the copy by its name.
@@ -84,6 +92,56 @@ pub fn clear<C, E>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A host that answers as it is told; `true` is success.
+    #[derive(Default)]
+    struct Host {
+        suspended: Vec<Result<bool, &'static str>>,
+        name_fails: bool,
+        done: Vec<&'static str>,
+    }
+
+    impl Keeper for Host {
+        type Error = &'static str;
+
+        fn is_suspended(&mut self) -> Result<bool, &'static str> {
+            self.suspended.pop().unwrap_or(Ok(false))
+        }
+
+        fn wait(&mut self) -> bool {
+            !self.suspended.is_empty()
+        }
+
+        fn log_dirty_off(&mut self) {
+            self.done.push("log-dirty off");
+        }
+
+        fn restore_name(&mut self) -> Result<(), &'static str> {
+            if self.name_fails { Err("the name is taken") } else { Ok(()) }
+        }
+
+        fn resume(&mut self) -> Result<(), &'static str> {
+            self.done.push("resume");
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_guest_is_resumed_once_it_is_suspended_even_if_the_host_refuses_its_name() {
+        let suspended = vec![Ok(true), Err("nobody knows"), Ok(false)];
+        let mut host = Host { suspended, name_fails: true, done: Vec::new() };
+        assert_eq!(keep(&mut host), Err("the name is taken"));
+        assert_eq!(host.done, ["log-dirty off", "resume"]);
+    }
+
+    #[test]
+    fn a_guest_that_never_suspends_is_left_alone() {
+        let mut host = Host { suspended: vec![Ok(false); 3], ..Host::default() };
+        assert_eq!(keep(&mut host), Ok(()));
+        let mut host = Host { suspended: vec![Err("nobody knows"); 2], ..Host::default() };
+        assert_eq!(keep(&mut host), Err("nobody knows"));
+        assert_eq!(host.done, [""; 0]);
+    }
 
     #[test]
     fn a_guard_acts_only_if_its_owner_goes_without_a_word() {

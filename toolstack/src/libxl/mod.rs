@@ -37,9 +37,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::SourceDomain;
 use rxl_xen_sys::{libxl as xl, stable};
 
 use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result, ShortOfMemory};
+use crate::xc::LiveDomain;
 
 use ctx::Context;
 use ffi::{DomainInfo, Rc};
@@ -202,6 +204,14 @@ impl Lifecycle for Libxl {
         let save = |id| self.context.suspend(domain, fd, flags, id);
         let saved = self.operations.run(&self.context, save);
         saved.map_err(|rc| failed(rc, || format!("saving domain {domain}")))
+    }
+
+    fn log_dirty_off(&self, domain: DomId) -> Result<()> {
+        let off = LiveDomain::open(domain).and_then(|live| live.log_dirty_off());
+        off.map_err(|error| {
+            let what = format!("switching log-dirty of domain {domain} off ({})", error.source);
+            LifecycleError { what, rc: xl::ERROR_FAIL }
+        })
     }
 
     fn canceller(&self) -> Box<dyn Fn() + Send + Sync> {

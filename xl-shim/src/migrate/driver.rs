@@ -150,6 +150,13 @@ impl Departing for Departure<'_> {
         true
     }
 
+    fn log_dirty_off(&mut self) {
+        // It is off already, unless the save helper was killed.
+        if let Err(error) = self.host.log_dirty_off(self.domid) {
+            tracing::warn!("{error}");
+        }
+    }
+
     fn is_suspended(&mut self) -> Option<bool> {
         match self.host.state(self.domid) {
             Ok(DomainState::Suspended) => {
