@@ -11,7 +11,7 @@ use crate::x86::hvm;
 /// An HVM guest to make.
 #[derive(Clone, Copy, Debug)]
 pub struct HvmSpec {
-    /// Pages of ordinary memory, 512 at least. It begins at 0 and has a hole at the VGA's place;
+    /// Pages of ordinary memory, 16 at least. It begins at 0 and has a hole at the VGA's place;
     /// the pages that it shares with the toolstack are above it, after another hole.
     pub pages: u64,
     /// Determines all else.
@@ -32,7 +32,11 @@ pub(super) struct HvmGuest {
     holes: Vec<u64>,
     /// A gfn that Xen writes to.
     written_by_xen: u64,
+    pub(super) has_device_model: bool,
 }
+
+/// Pages that it keeps when it gives memory back.
+const PAGES_MIN: usize = 8;
 
 impl HvmSpec {
     /// Makes the guest on `host`. It runs, as far as [`Host::run_guests`] says.
@@ -77,7 +81,14 @@ impl HvmSpec {
         domain.context = rng.bytes(3000);
         domain.policy = cpu_policy(&mut rng);
         domain.tsc = TscInfo { mode: 2, khz: 2_000_000, nsec: rng.next(), incarnation: 1 };
-        let guest = HvmGuest { id, rng, data, holes: vec![0xa5], written_by_xen: special + 7 };
+        let guest = HvmGuest {
+            id,
+            rng,
+            data,
+            holes: vec![0xa5],
+            written_by_xen: special + 7,
+            has_device_model: true,
+        };
         domain.guest = Some(Guest::Hvm(guest));
         drop(xen);
         FakeDomain::new(host, DomId(id))
@@ -119,7 +130,7 @@ impl HvmGuest {
     fn write_by_device(&mut self, xen: &mut Xen) {
         let gfn = self.data[self.rng.index(self.data.len())];
         self.put(xen, gfn);
-        if xen.dom(self.id).qemu_log_dirty {
+        if !self.has_device_model || xen.dom(self.id).qemu_log_dirty {
             xen.mark(self.id, gfn);
         }
     }
@@ -136,6 +147,9 @@ impl HvmGuest {
 
     /// Log-dirty does not see a page go.
     fn balloon_out(&mut self, xen: &mut Xen) {
+        if self.data.len() <= PAGES_MIN {
+            return;
+        }
         let gfn = self.data.swap_remove(self.rng.index(self.data.len()));
         let mfn = xen.dom(self.id).physmap.remove(gfn).expect("memory");
         xen.release(mfn);

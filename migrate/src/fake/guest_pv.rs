@@ -55,6 +55,8 @@ impl Process {
     }
 }
 
+/// Ordinary pages that it keeps when it gives memory back.
+const DATA_MIN: usize = 16;
 /// Processes that it starts at most.
 const PROCESSES_MAX: usize = 8;
 
@@ -88,6 +90,18 @@ impl PvGuest {
         xen.guest_write(self.id, page, start_info::CONSOLE_MFN / 8, self.console);
     }
 
+    /// Takes back what [`PvGuest::suspend`] did, as Linux does when it was not moved.
+    pub(super) fn resume(&mut self, xen: &mut Xen) {
+        let shared = xen.dom(self.id).shared_info;
+        self.update(xen, self.fixmap, 7, shared << PAGE_SHIFT | PRESENT | RW);
+        let page = self.mfn(self.start_info);
+        for (offset, pfn) in
+            [(start_info::STORE_MFN, self.store), (start_info::CONSOLE_MFN, self.console)]
+        {
+            xen.guest_write(self.id, page, offset / 8, self.mfn(pfn));
+        }
+    }
+
     pub(super) fn mfn(&self, pfn: u64) -> u64 {
         self.p2m[pfn as usize]
     }
@@ -115,8 +129,8 @@ impl PvGuest {
         xen.guest_write(self.id, mfn, self.rng.index(512), self.rng.next());
     }
 
-    /// A data page that no process maps, taken out of use.
-    fn take_unmapped(&mut self, xen: &Xen) -> u64 {
+    /// A data page that no process maps, taken out of use, if there is one.
+    fn take_unmapped(&mut self, xen: &Xen) -> Option<u64> {
         let mapped: BTreeSet<u64> = self
             .processes
             .iter()
@@ -124,17 +138,23 @@ impl PvGuest {
             .filter(|pte| pte & PRESENT != 0)
             .map(|pte| (pte & PTE_FRAME_MASK) >> PAGE_SHIFT)
             .collect();
+        if self.data.iter().all(|pfn| mapped.contains(&self.mfn(*pfn))) {
+            return None;
+        }
         loop {
             let index = self.rng.index(self.data.len());
             if !mapped.contains(&self.mfn(self.data[index])) {
-                return self.data.swap_remove(index);
+                return Some(self.data.swap_remove(index));
             }
         }
     }
 
     fn balloon_out(&mut self, xen: &mut Xen) {
-        let pfn = self.take_unmapped(xen);
-        self.give_back(xen, pfn);
+        if self.data.len() > DATA_MIN
+            && let Some(pfn) = self.take_unmapped(xen)
+        {
+            self.give_back(xen, pfn);
+        }
     }
 
     /// Gives back the memory of `pfn`, which no process maps.
@@ -209,7 +229,11 @@ impl PvGuest {
         if self.processes.len() >= PROCESSES_MAX || self.data.len() < 100 {
             return;
         }
-        let [top, user_top, upper, lower, leaf] = std::array::from_fn(|_| self.take_unmapped(xen));
+        let pages: Vec<u64> = (0..5).map_while(|_| self.take_unmapped(xen)).collect();
+        let &[top, user_top, upper, lower, leaf] = pages.as_slice() else {
+            self.data.extend(pages);
+            return;
+        };
         let process =
             Process { top, user_top, upper, lower, leaf, leaf_pinned: self.rng.one_in(2) };
         for table in process.tables() {

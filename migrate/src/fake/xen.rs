@@ -55,6 +55,23 @@ pub(super) struct Frame {
     pub(super) pinned: bool,
 }
 
+impl Frame {
+    /// Whether it is in use as a page table of `level`.
+    pub(super) fn is_table(&self, level: u8) -> bool {
+        self.tables > 0 && self.level == level
+    }
+
+    /// A writable entry of a table goes.
+    pub(super) fn drop_writable(&mut self) {
+        self.writable -= 1;
+    }
+
+    /// It is no table and no GDT any more.
+    pub(super) fn drop_types(&mut self) {
+        (self.tables, self.gdts, self.pinned) = (0, 0, false);
+    }
+}
+
 pub(super) enum Guest {
     Pv(PvGuest),
     Hvm(HvmGuest),
@@ -232,7 +249,7 @@ impl Xen {
         self.free_if_unused(mfn);
     }
 
-    fn free_if_unused(&mut self, mfn: u64) {
+    pub(super) fn free_if_unused(&mut self, mfn: u64) {
         let frame = self.frame(mfn);
         if frame.owner.is_none() && frame.mappings == 0 {
             assert_eq!(frame.writable, 0, "a freed frame is mapped by its old owner");
