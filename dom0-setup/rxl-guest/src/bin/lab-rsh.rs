@@ -1,5 +1,6 @@
 //! `lab-rsh HOST WORD…`: runs a shell line on another host of the lab, like ssh without its
-//! encryption. The module `plain` of the crate `rxl-lab` says why, and installs this and its server.
+//! encryption. The module `plain` of the crate `rxl-lab` says why, and installs this and its
+//! server.
 //!
 //! Like ssh, it passes on the end of its input, and ends when the command has ended, whatever it
 //! could still read. The command's exit code is not passed on.
