@@ -6,12 +6,15 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, fake, smoke, soak, unit};
+use rxl_tests::{bad_input, fake, sim, smoke, soak, unit};
 
 /// Migrations on the modelled Xen that CI does: every cell of the matrix once.
 const FAKE_RUNS_IN_CI: u64 = 36;
 
-/// Runs rxl's tests; without a suite, those of CI: unit, fake (short), then smoke.
+/// Seeds of the simulator that CI runs: some ten seconds.
+const SIM_SEEDS: u64 = 2_000;
+
+/// Runs rxl's tests; without a suite, those of CI: unit, fake and sim (short), then smoke.
 ///
 /// Suites that need the lab use the one that is up, or boot one and take it down at the end.
 #[derive(Parser)]
@@ -34,6 +37,15 @@ enum Suite {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Simulates migrations in which anything goes wrong; needs no lab
+    Sim {
+        /// How many, each determined by its number
+        #[arg(long, default_value_t = SIM_SEEDS)]
+        seeds: u64,
+        /// Show what happens in this one
+        #[arg(long, conflicts_with = "seeds")]
+        seed: Option<u64>,
+    },
     /// Moves a PV and a PVH guest between rxl and rxl, and between rxl and the stock xl
     Smoke,
     /// Moves both guests there and back many times, then counts what is left behind
@@ -52,10 +64,13 @@ fn main() -> ExitCode {
         None => {
             unit::run(&mut tally);
             fake::run(&mut tally, FAKE_RUNS_IN_CI, 1);
+            sim::run(&mut tally, SIM_SEEDS);
             in_lab(&mut tally, smoke::run);
         }
         Some(Suite::Unit) => unit::run(&mut tally),
         Some(Suite::Fake { runs, seed }) => fake::run(&mut tally, runs, seed),
+        Some(Suite::Sim { seed: Some(seed), .. }) => sim::show(&mut tally, seed),
+        Some(Suite::Sim { seeds, .. }) => sim::run(&mut tally, seeds),
         Some(Suite::Smoke) => in_lab(&mut tally, smoke::run),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {
             soak::run(tally, session, rounds);

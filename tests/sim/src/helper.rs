@@ -1,0 +1,316 @@
+//! The save helper's processes: the product's engine and its end of the helper's protocol, over
+//! the modelled Xen. Each hypercall, and each write or read that would block, is a moment at which
+//! others go on and at which the process can be killed.
+
+use std::io;
+
+use rxl_migrate::bitmap::PageBitmap;
+use rxl_migrate::error::Error;
+use rxl_migrate::fake::{FakeDomain, FakePages};
+use rxl_migrate::frame::{DomId, PageBuf, PageType, Pfn};
+use rxl_migrate::helper::{Callbacks, HelperChannel};
+use rxl_migrate::hypervisor::{
+    Access, CpuPolicy, Domain, DomainInfo, ForeignPages, HvResult, PagePiece, PageSlot,
+    PolicyError, SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
+};
+use rxl_migrate::{source, target};
+
+use crate::machine::WIRING;
+use crate::pipe::PipeId;
+use crate::plant::{Plant, Reorder};
+use crate::process::{File, Process};
+use crate::world::{Cond, terminated};
+
+/// What libxl answers in a plain save and in a plain restore.
+const SAVE_CALLBACKS: Callbacks = Callbacks(0x88);
+const RESTORE_CALLBACKS: Callbacks = Callbacks(0x300);
+const EIO: i32 = 5;
+
+/// `--save-domain`.
+pub(crate) fn save(
+    process: &Process<'_>,
+    domain: FakeDomain,
+    stream: PipeId,
+    replies: PipeId,
+    messages: PipeId,
+    verify: bool,
+) {
+    let plant = process.world().plan.plant;
+    let replies = File { process, pipe: replies };
+    let messages = File { process, pipe: messages };
+    let mut channel =
+        HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated);
+    let reorder = (plant == Some(Plant::PassesOverlap)).then(Reorder::default);
+    if let Some(reorder) = &reorder {
+        channel = channel.with_events(reorder.watch());
+    }
+    let mut out = Out { process, stream, reorder };
+    let options = source::Options { live: true, verify };
+    let saved = source::save(&Stepped { process, domain, plant }, &mut out, &mut channel, &options);
+    if let Err(error) = &saved {
+        process.world().trace.say(|| format!("the save fails: {error}"));
+    }
+    let _ = channel.complete(if saved.is_ok() { 0 } else { -1 }, errno_of(saved.err().as_ref()));
+}
+
+/// `--restore-domain`.
+pub(crate) fn restore(
+    process: &Process<'_>,
+    domain: FakeDomain,
+    stream: PipeId,
+    replies: PipeId,
+    messages: PipeId,
+) {
+    let plant = process.world().plan.plant;
+    let replies = File { process, pipe: replies };
+    let messages = File { process, pipe: messages };
+    let mut channel =
+        HelperChannel::new(replies, messages, domain.domid(), RESTORE_CALLBACKS, terminated);
+    let domain = Stepped { process, domain, plant };
+    let restored = target::restore(&domain, &mut In { process, stream }, &mut channel, &WIRING);
+    if let Err(error) = &restored {
+        process.world().trace.say(|| format!("the restore fails: {error}"));
+        process.world().facts.coverage.count("restore failed in the engine");
+    }
+    let (store, console) = restored.as_ref().map_or((0, 0), |o| (o.store_frame, o.console_frame));
+    if channel.restore_results(store, console).is_ok() {
+        let retval = if restored.is_ok() { 0 } else { -1 };
+        let _ = channel.complete(retval, errno_of(restored.err().as_ref()));
+    }
+}
+
+fn errno_of(error: Option<&Error>) -> i32 {
+    if error.is_some() { EIO } else { 0 }
+}
+
+/// The outgoing stream.
+struct Out<'a, 'b> {
+    process: &'a Process<'b>,
+    stream: PipeId,
+    reorder: Option<Reorder>,
+}
+
+impl Out<'_, '_> {
+    /// As the descriptor does: SIGTERM ends a write that waits, and every later one.
+    fn put(&self, bytes: &[u8]) -> io::Result<()> {
+        self.process.step();
+        let mut left = bytes;
+        while !left.is_empty() {
+            if self.process.holds(Cond::Terminated) {
+                return Err(io::Error::other("the stream was taken away"));
+            }
+            match self.process.try_write(self.stream, left) {
+                Some(done) => left = left.get(done?..).unwrap_or_default(),
+                None => self.process.wait([
+                    Cond::Writable(self.stream),
+                    Cond::Terminated,
+                    Cond::Never,
+                    Cond::Never,
+                ]),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl StreamOut<FakePages> for Out<'_, '_> {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Some(late) = self.reorder.as_mut().and_then(Reorder::late) {
+            self.put(&late)?;
+        }
+        self.put(bytes)
+    }
+
+    fn write_pages(
+        &mut self,
+        head: &[u8],
+        pages: &FakePages,
+        pieces: &[PagePiece<'_>],
+    ) -> io::Result<()> {
+        let mut record = head.to_vec();
+        let mut buffer = PageBuf::zeroed();
+        if self.reorder.is_none() {
+            self.put(head)?;
+        }
+        for piece in pieces {
+            let page: &PageBuf = match piece {
+                PagePiece::Mapped(index) => {
+                    pages.read_page(*index, &mut buffer);
+                    &buffer
+                }
+                PagePiece::Copied(copy) => copy,
+            };
+            match &self.reorder {
+                None => self.put(&page.0)?,
+                Some(_) => record.extend_from_slice(&page.0),
+            }
+        }
+        match self.reorder.as_mut().map(|reorder| reorder.pass(record)) {
+            None => Ok(()),
+            Some(records) => records.iter().try_for_each(|record| self.put(record)),
+        }
+    }
+}
+
+/// The incoming stream.
+struct In<'a, 'b> {
+    process: &'a Process<'b>,
+    stream: PipeId,
+}
+
+impl StreamIn<FakePages> for In<'_, '_> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        io::Read::read_exact(&mut File { process: self.process, pipe: self.stream }, buf)
+    }
+
+    fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        let mut buffer = PageBuf::zeroed();
+        for slot in slots {
+            match slot {
+                PageSlot::Mapped(index) => {
+                    self.read_exact(&mut buffer.0)?;
+                    pages.write_page(*index, &buffer);
+                }
+                PageSlot::Copied(copy) => self.read_exact(&mut copy.0)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A domain whose hypercalls are moments at which others go on.
+struct Stepped<'a, 'b> {
+    process: &'a Process<'b>,
+    domain: FakeDomain,
+    plant: Option<Plant>,
+}
+
+impl Stepped<'_, '_> {
+    fn then(&self) -> &FakeDomain {
+        self.process.step();
+        &self.domain
+    }
+}
+
+impl Domain for Stepped<'_, '_> {
+    type Pages = FakePages;
+
+    fn domid(&self) -> DomId {
+        self.domain.domid()
+    }
+
+    fn xen_version(&self) -> HvResult<(u32, u32)> {
+        self.then().xen_version()
+    }
+
+    fn info(&self) -> HvResult<DomainInfo> {
+        self.then().info()
+    }
+
+    fn maximum_gpfn(&self) -> HvResult<u64> {
+        self.then().maximum_gpfn()
+    }
+
+    fn address_bits(&self) -> HvResult<u32> {
+        self.then().address_bits()
+    }
+
+    fn map(&self, frames: &[u64], access: Access) -> HvResult<FakePages> {
+        if self.plant == Some(Plant::MappingLeaks) && access == Access::Read {
+            std::mem::forget(self.domain.map(frames, access)?);
+        }
+        self.then().map(frames, access)
+    }
+
+    fn map_m2p(&self) -> HvResult<FakePages> {
+        self.then().map_m2p()
+    }
+}
+
+impl SourceDomain for Stepped<'_, '_> {
+    /// As the product's: what holds it is made to let go.
+    fn log_dirty_on(&self) -> HvResult<()> {
+        if self.then().log_dirty_on().is_err() {
+            let _ = self.then().log_dirty_off();
+            self.then().log_dirty_on()?;
+        }
+        Ok(())
+    }
+
+    fn log_dirty_off(&self) -> HvResult<()> {
+        if self.plant == Some(Plant::LogDirtyStaysOn) {
+            return Ok(());
+        }
+        self.then().log_dirty_off()
+    }
+
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64> {
+        let count = self.then().log_dirty_clean(bitmap, last)?;
+        if self.plant == Some(Plant::DirtyBitsLost) && last {
+            bitmap.clear_all();
+        }
+        Ok(count)
+    }
+
+    fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {
+        self.then().page_types(frames)
+    }
+
+    fn tsc_info(&self) -> HvResult<TscInfo> {
+        self.then().tsc_info()
+    }
+
+    fn cpu_policy(&self) -> HvResult<CpuPolicy> {
+        self.then().cpu_policy()
+    }
+
+    fn hvm_context(&self) -> HvResult<Vec<u8>> {
+        self.then().hvm_context()
+    }
+
+    fn hvm_param(&self, index: u32) -> HvResult<u64> {
+        self.then().hvm_param(index)
+    }
+
+    fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>> {
+        self.then().vcpu(id)
+    }
+}
+
+impl TargetDomain for Stepped<'_, '_> {
+    fn populate(&self, pfns: &[Pfn], order: u32) -> HvResult<Vec<u64>> {
+        self.then().populate(pfns, order)
+    }
+
+    fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), PolicyError> {
+        self.then().set_cpu_policy(policy)
+    }
+
+    fn set_tsc_info(&self, tsc: &TscInfo) -> HvResult<()> {
+        self.then().set_tsc_info(tsc)
+    }
+
+    fn set_hvm_context(&self, context: &[u8]) -> HvResult<()> {
+        self.then().set_hvm_context(context)
+    }
+
+    fn set_hvm_param(&self, index: u32, value: u64) -> HvResult<()> {
+        self.then().set_hvm_param(index, value)
+    }
+
+    fn set_address_bits(&self, bits: u32) -> HvResult<()> {
+        self.then().set_address_bits(bits)
+    }
+
+    fn set_vcpu(&self, id: u32, state: &VcpuState) -> HvResult<()> {
+        self.then().set_vcpu(id, state)
+    }
+
+    fn pin_tables(&self, tables: &[(u8, u64)]) -> HvResult<()> {
+        self.then().pin_tables(tables)
+    }
+
+    fn seed_grants(&self, console: (u64, DomId), xenstore: (u64, DomId)) -> HvResult<()> {
+        self.then().seed_grants(console, xenstore)
+    }
+}

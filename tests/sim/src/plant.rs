@@ -1,0 +1,90 @@
+//! Mistakes that the checkers have to find, planted around the product's code. Nothing of the
+//! product knows of them.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use rxl_migrate::helper::EventSink;
+use rxl_migrate::report::Event;
+
+/// A mistake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plant {
+    /// The sender lets its copy run on although it has tried to send Go.
+    SenderResumesAfterGo,
+    /// The sender's guard is told to stand down only after Go has been written.
+    GuardStandsDownLate,
+    /// The source's guard acts although it was told to stand down.
+    GuardIsDeaf,
+    /// The sender takes a report of failure for one of success.
+    ReportIgnored,
+    /// The receiver lets its copy run as soon as it has it.
+    ReceiverUnpausesBeforeGo,
+    /// The receiver goes on after a restore that failed.
+    FailedRestoreIgnored,
+    /// The receiver says that its copy is gone, and keeps it.
+    CopyKept,
+    /// Pages of a pass arrive among those of the next one.
+    PassesOverlap,
+    /// The last dirty bits are read and forgotten.
+    DirtyBitsLost,
+    /// Log-dirty is not switched off at the end.
+    LogDirtyStaysOn,
+    /// A mapping of guest memory outlives its batch, and its process.
+    MappingLeaks,
+}
+
+/// All of them.
+pub const PLANTS: [Plant; 11] = [
+    Plant::SenderResumesAfterGo,
+    Plant::GuardStandsDownLate,
+    Plant::GuardIsDeaf,
+    Plant::ReportIgnored,
+    Plant::ReceiverUnpausesBeforeGo,
+    Plant::FailedRestoreIgnored,
+    Plant::CopyKept,
+    Plant::PassesOverlap,
+    Plant::DirtyBitsLost,
+    Plant::LogDirtyStaysOn,
+    Plant::MappingLeaks,
+];
+
+/// Lets the last page data of a pass arrive after the first of the next, as it could if they came
+/// over two connections and nobody waited for the end of a pass.
+#[derive(Debug, Default)]
+pub(crate) struct Reorder {
+    pass: Rc<Cell<u32>>,
+    /// The pass of the record that is kept back.
+    kept_in: u32,
+    kept: Option<Vec<u8>>,
+}
+
+impl Reorder {
+    /// Hears which pass it is.
+    pub(crate) fn watch(&self) -> EventSink {
+        let pass = self.pass.clone();
+        Box::new(move |event| {
+            if let Event::PassStarted { pass: number, .. } = event {
+                pass.set(*number);
+            }
+        })
+    }
+
+    /// What to write where `record` was to be written.
+    pub(crate) fn pass(&mut self, record: Vec<u8>) -> Vec<Vec<u8>> {
+        let pass = self.pass.get();
+        match self.kept.take() {
+            Some(kept) if self.kept_in < pass => vec![record, kept],
+            kept => {
+                self.kept_in = pass;
+                self.kept = Some(record);
+                kept.into_iter().collect()
+            }
+        }
+    }
+
+    /// What has to be written before anything that is not page data.
+    pub(crate) fn late(&mut self) -> Option<Vec<u8>> {
+        self.kept.take()
+    }
+}

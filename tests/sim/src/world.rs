@@ -1,0 +1,534 @@
+//! The world of one run: processes, pipes, two hosts, a clock, and the scheduler.
+//!
+//! A process is a coroutine that runs the product's own code. It gives way before each hypercall
+//! and wherever a system call would block, and the seed alone decides who goes on. So a run is
+//! one thread's work and is the same each time. A process that is killed is unwound where it
+//! stands: what the kernel would release (mappings, descriptors) is released, and nothing that the
+//! process itself would have done is done.
+
+use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::rc::Rc;
+
+use corosensei::stack::DefaultStack;
+use corosensei::{Coroutine, CoroutineResult};
+use rxl_migrate::fake::Rng;
+use rxl_migrate::xl::Gate;
+
+use crate::facts::Facts;
+use crate::machine::Machine;
+use crate::pipe::{End, Pipe, PipeId};
+use crate::plan::{Act, Landmark, Plan};
+use crate::process::{Process, Switch};
+use crate::trace::Trace;
+
+/// A host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Side {
+    Source,
+    Target,
+}
+
+pub(crate) const SIDES: [Side; 2] = [Side::Source, Side::Target];
+
+/// What a process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Role {
+    Sender,
+    SaveHelper,
+    SourceGuard,
+    Ssh,
+    Sshd,
+    Receiver,
+    RestoreHelper,
+    TargetGuard,
+}
+
+pub(crate) const ROLES: [Role; 8] = [
+    Role::Sender,
+    Role::SaveHelper,
+    Role::SourceGuard,
+    Role::Ssh,
+    Role::Sshd,
+    Role::Receiver,
+    Role::RestoreHelper,
+    Role::TargetGuard,
+];
+
+impl Role {
+    /// Where it runs.
+    pub(crate) fn side(self) -> Side {
+        match self {
+            Role::Sender | Role::SaveHelper | Role::SourceGuard | Role::Ssh => Side::Source,
+            _ => Side::Target,
+        }
+    }
+}
+
+/// Which process of the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ProcId(usize);
+
+/// What a process waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cond {
+    Never,
+    Now,
+    Readable(PipeId),
+    Writable(PipeId),
+    /// Nobody reads the other end of the pipe.
+    Hangup(PipeId),
+    At(u64),
+    /// Its gate has been closed by a signal.
+    Cancelled,
+    /// It got SIGTERM, which it handles.
+    Terminated,
+    /// Its libxl operation was asked to end a second time.
+    Aborted,
+    /// The domain at the source is suspended.
+    Suspended,
+    Ended(ProcId),
+}
+
+/// Any of these.
+pub(crate) type Wait = [Cond; 4];
+
+/// Waits for one thing.
+pub(crate) fn only(cond: Cond) -> Wait {
+    [cond, Cond::Never, Cond::Never, Cond::Never]
+}
+
+/// The program of a process.
+pub(crate) type Body = Box<dyn FnOnce(&Process<'_>)>;
+
+/// What the kernel, and libxl in it, know of a process.
+pub(crate) struct Proc {
+    pub(crate) role: Role,
+    pub(crate) alive: bool,
+    wait: Wait,
+    /// The ends of pipes that it holds.
+    pub(crate) ends: Vec<(PipeId, End)>,
+    /// Up to when signals cancel.
+    pub(crate) gate: Option<Rc<Gate>>,
+    /// SIGTERM came, and the process handles it.
+    pub(crate) terminated: bool,
+    /// How often the end of a libxl operation was asked for.
+    pub(crate) requests: u32,
+    /// A libxl operation is under way; its helper, once there is one.
+    pub(crate) operation: Option<Option<ProcId>>,
+    pub(crate) aborted: bool,
+    /// Whether it ended by itself.
+    pub(crate) exited: bool,
+    steps: u32,
+    /// How often it gets the processor, relative to others.
+    weight: u64,
+}
+
+/// Something that happens by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Happening {
+    /// The guest follows the request to suspend of that number.
+    GuestSuspends(u64),
+}
+
+/// All of a run but the coroutines.
+pub(crate) struct World {
+    pub(crate) rng: Rng,
+    /// Milliseconds.
+    pub(crate) now: u64,
+    pub(crate) pipes: Vec<Pipe>,
+    pub(crate) procs: Vec<Proc>,
+    machines: [Machine; 2],
+    pub(crate) plan: Plan,
+    pub(crate) facts: Facts,
+    pub(crate) trace: Trace,
+    happenings: BinaryHeap<Reverse<(u64, Happening)>>,
+    spawned: Vec<(ProcId, Body)>,
+    kills: Vec<ProcId>,
+    /// Number of the last request to suspend; those before it are void.
+    pub(crate) suspend_request: u64,
+    /// The two directions of the link.
+    pub(crate) link: [Option<PipeId>; 2],
+}
+
+impl World {
+    pub(crate) fn new(plan: Plan, machines: [Machine; 2], rng: Rng, trace: Trace) -> World {
+        World {
+            rng,
+            now: 0,
+            pipes: Vec::new(),
+            procs: Vec::new(),
+            machines,
+            plan,
+            facts: Facts::default(),
+            trace,
+            happenings: BinaryHeap::new(),
+            spawned: Vec::new(),
+            kills: Vec::new(),
+            suspend_request: 0,
+            link: [None; 2],
+        }
+    }
+
+    pub(crate) fn machine(&mut self, side: Side) -> &mut Machine {
+        let [source, target] = &mut self.machines;
+        match side {
+            Side::Source => source,
+            Side::Target => target,
+        }
+    }
+
+    pub(crate) fn pipe(&mut self, id: PipeId) -> &mut Pipe {
+        &mut self.pipes[id.0]
+    }
+
+    pub(crate) fn proc(&mut self, id: ProcId) -> &mut Proc {
+        &mut self.procs[id.0]
+    }
+
+    pub(crate) fn new_pipe(&mut self, pipe: Pipe) -> PipeId {
+        self.pipes.push(pipe);
+        PipeId(self.pipes.len() - 1)
+    }
+
+    /// Starts a process that holds `ends`.
+    pub(crate) fn spawn(&mut self, role: Role, ends: &[(PipeId, End)], body: Body) -> ProcId {
+        let id = ProcId(self.procs.len());
+        for (pipe, end) in ends {
+            self.pipe(*pipe).open(*end);
+        }
+        let weight = 1 + self.rng.below(8);
+        self.procs.push(Proc {
+            role,
+            alive: true,
+            wait: only(Cond::Now),
+            ends: ends.to_vec(),
+            gate: None,
+            terminated: false,
+            requests: 0,
+            operation: None,
+            aborted: false,
+            exited: false,
+            steps: 0,
+            weight,
+        });
+        self.spawned.push((id, body));
+        self.trace.note(role, "starts", role as u64);
+        id
+    }
+
+    /// The process of that role, if it lives.
+    pub(crate) fn find(&self, role: Role) -> Option<ProcId> {
+        self.procs.iter().position(|proc| proc.role == role && proc.alive).map(ProcId)
+    }
+
+    pub(crate) fn at(&mut self, time: u64, happening: Happening) {
+        self.happenings.push(Reverse((time, happening)));
+    }
+
+    /// SIGKILL, or a signal that a process does not handle.
+    pub(crate) fn kill(&mut self, id: ProcId) {
+        self.kills.push(id);
+    }
+
+    pub(crate) fn holds(&mut self, id: ProcId, cond: Cond) -> bool {
+        let now = self.now;
+        match cond {
+            Cond::Never => false,
+            Cond::Now => true,
+            Cond::Readable(pipe) => self.pipe(pipe).is_readable(now),
+            Cond::Writable(pipe) => self.pipe(pipe).is_writable(now),
+            Cond::Hangup(pipe) => self.pipe(pipe).is_hung_up(now),
+            Cond::At(time) => now >= time,
+            Cond::Cancelled => self.proc(id).gate.as_ref().is_some_and(|g| g.is_cancelled()),
+            Cond::Terminated => self.proc(id).terminated,
+            Cond::Aborted => self.proc(id).aborted,
+            Cond::Suspended => self.machine(Side::Source).guest().is_suspended(),
+            Cond::Ended(other) => !self.proc(other).alive,
+        }
+    }
+
+    fn can_run(&mut self, index: usize) -> bool {
+        let Some(proc) = self.procs.get(index).filter(|proc| proc.alive) else { return false };
+        proc.wait.into_iter().any(|cond| self.holds(ProcId(index), cond))
+    }
+
+    /// Which process goes on; `None`: none can.
+    fn choose(&mut self) -> Option<ProcId> {
+        let mut ready = [0_usize; 16];
+        let (mut count, mut weights) = (0, 0);
+        for index in 0..self.procs.len() {
+            if count < ready.len() && self.can_run(index) {
+                ready[count] = index;
+                count += 1;
+                weights += self.procs[index].weight;
+            }
+        }
+        if count == 0 {
+            return None;
+        }
+        let mut left = self.rng.below(weights);
+        for &index in &ready[..count] {
+            let weight = self.procs[index].weight;
+            if left < weight {
+                return Some(ProcId(index));
+            }
+            left -= weight;
+        }
+        None
+    }
+
+    /// The next moment at which something changes by itself.
+    fn next_moment(&self) -> Option<u64> {
+        let waits = self.procs.iter().filter(|proc| proc.alive).flat_map(|proc| proc.wait);
+        let timers =
+            waits.filter_map(|cond| if let Cond::At(time) = cond { Some(time) } else { None });
+        let links = self.pipes.iter().flat_map(Pipe::changes);
+        let happenings = self.happenings.iter().map(|Reverse((time, _))| *time);
+        timers.chain(links).chain(happenings).filter(|time| *time > self.now).min()
+    }
+
+    fn happen(&mut self) {
+        while let Some(Reverse((time, happening))) = self.happenings.peek().copied() {
+            if time > self.now {
+                break;
+            }
+            self.happenings.pop();
+            match happening {
+                Happening::GuestSuspends(number) if number == self.suspend_request => {
+                    self.machine(Side::Source).guest_suspends();
+                    self.trace.note(Side::Source, "guest suspends", 0);
+                }
+                Happening::GuestSuspends(_) => {}
+            }
+        }
+        if self.pipes.iter().any(Pipe::is_due_to_be_cut) {
+            self.cut_link();
+        }
+    }
+
+    /// Both directions go dead; either end sees it some time later.
+    pub(crate) fn cut_link(&mut self) {
+        if self.link == [None; 2] {
+            return;
+        }
+        self.facts.cut = true;
+        self.trace.note("the link", "is cut", 0);
+        let sees = [(); 2].map(|()| self.now + self.rng.below(self.plan.notice_max));
+        let [forward, back] = self.link;
+        if let Some(forward) = forward {
+            self.pipe(forward).cut(sees[1], sees[0]);
+        }
+        if let Some(back) = back {
+            self.pipe(back).cut(sees[0], sees[1]);
+        }
+    }
+
+    /// A moment has come that faults may be planned around.
+    pub(crate) fn landmark(&mut self, landmark: Landmark) {
+        self.trace.note(landmark, "is reached", landmark as u64);
+        let procs = &self.procs;
+        let steps = |role| {
+            let proc = procs.iter().find(|proc: &&Proc| proc.role == role && proc.alive);
+            proc.map_or(0, |proc| proc.steps)
+        };
+        self.plan.reached(landmark, steps);
+    }
+
+    /// Does what the plan has for the moment when a process of `role` has made `steps` steps.
+    fn follow_plan(&mut self, role: Role, steps: u32) {
+        for act in self.plan.due(role, steps) {
+            self.trace.note(act, "is done, as planned", act.number());
+            match act {
+                Act::Kill(victim) => {
+                    if let Some(id) = self.find(victim) {
+                        self.facts.killed(victim);
+                        self.kill(id);
+                    }
+                }
+                Act::Crash(side) => self.crash(side),
+                Act::Cut => self.cut_link(),
+                Act::Signal(victim) => {
+                    if let Some(id) = self.find(victim) {
+                        self.signal(id);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A host dies: its connections do not close, they go dead.
+    fn crash(&mut self, side: Side) {
+        self.cut_link();
+        self.facts.host_down(side);
+        for index in 0..self.procs.len() {
+            if self.procs[index].alive && self.procs[index].role.side() == side {
+                self.kill(ProcId(index));
+            }
+        }
+    }
+
+    /// SIGINT, SIGTERM or SIGHUP to the sender or the receiver, as its thread for signals sees it.
+    fn signal(&mut self, id: ProcId) {
+        let Some(gate) = self.proc(id).gate.clone() else { return };
+        self.facts.signalled(self.procs[id.0].role);
+        gate.cancel();
+        if !gate.is_cancelled() {
+            return;
+        }
+        let proc = self.proc(id);
+        proc.requests += 1;
+        let first = proc.requests == 1;
+        let operation = proc.operation;
+        match operation {
+            Some(Some(helper)) if self.proc(helper).alive => {
+                self.terminate(helper);
+                if !first {
+                    self.proc(id).aborted = true;
+                }
+            }
+            Some(_) if !first => self.proc(id).aborted = true,
+            _ => {}
+        }
+    }
+
+    /// SIGTERM to a save helper, which handles it, or to a restore helper, which does not.
+    pub(crate) fn terminate(&mut self, helper: ProcId) {
+        match self.proc(helper).role {
+            Role::SaveHelper => self.proc(helper).terminated = true,
+            _ => self.kill(helper),
+        }
+    }
+
+    /// The kernel's part of the end of a process.
+    fn end(&mut self, id: ProcId, exited: bool) {
+        let proc = self.proc(id);
+        (proc.alive, proc.exited) = (false, exited);
+        let role = proc.role;
+        for (pipe, end) in std::mem::take(&mut proc.ends) {
+            self.pipe(pipe).close(end);
+        }
+        self.trace.note(role, if exited { "exits" } else { "is killed" }, role as u64);
+    }
+}
+
+thread_local! {
+    /// Whether the process that runs now got SIGTERM: the engine asks by a plain function.
+    static TERMINATED: Cell<bool> = const { Cell::new(false) };
+    /// Stacks of processes that have ended.
+    static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether the process that asks got SIGTERM.
+pub(crate) fn terminated() -> bool {
+    TERMINATED.get()
+}
+
+type Running = Coroutine<(), Wait, (), DefaultStack>;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// All processes have ended.
+    Well,
+    /// Processes wait for what never comes.
+    Stuck,
+    /// More steps than any run takes.
+    Endless,
+}
+
+/// Runs `world` until all processes have ended, or for `steps_max` steps.
+pub(crate) fn run(world: &Rc<RefCell<World>>, steps_max: u64) -> Ended {
+    let mut coroutines: Vec<Option<Running>> = Vec::new();
+    let mut ended = Ended::Endless;
+    for _ in 0..steps_max {
+        start(world, &mut coroutines);
+        world.borrow_mut().happen();
+        let Some(id) = world.borrow_mut().choose() else {
+            let mut world = world.borrow_mut();
+            let alive = world.procs.iter().any(|proc| proc.alive);
+            match world.next_moment().filter(|_| alive) {
+                Some(moment) => {
+                    world.now = moment;
+                    continue;
+                }
+                None => {
+                    ended = if alive { Ended::Stuck } else { Ended::Well };
+                    break;
+                }
+            }
+        };
+        step(world, &mut coroutines, id);
+        bury(world, &mut coroutines);
+    }
+    for coroutine in coroutines.iter_mut().filter_map(Option::take) {
+        retire(coroutine);
+    }
+    ended
+}
+
+/// Makes coroutines of the processes that were spawned.
+fn start(world: &Rc<RefCell<World>>, coroutines: &mut Vec<Option<Running>>) {
+    let spawned = std::mem::take(&mut world.borrow_mut().spawned);
+    for (id, body) in spawned {
+        let world = world.clone();
+        let stack = STACKS.with_borrow_mut(Vec::pop).unwrap_or_default();
+        let coroutine = Coroutine::with_stack(stack, move |switch: &Switch, ()| {
+            body(&Process::new(world, id, switch));
+        });
+        coroutines.resize_with(id.0, || None);
+        coroutines.push(Some(coroutine));
+    }
+}
+
+/// Lets one process go on until it gives way.
+fn step(world: &Rc<RefCell<World>>, coroutines: &mut [Option<Running>], id: ProcId) {
+    {
+        let mut world = world.borrow_mut();
+        TERMINATED.set(world.proc(id).terminated);
+        // Work takes time.
+        world.now += u64::from(world.rng.one_in(4));
+        let (now, role) = (world.now, world.proc(id).role as u64);
+        world.trace.tick(role, now);
+    }
+    let Some(coroutine) = coroutines[id.0].as_mut() else { return };
+    let result = coroutine.resume(());
+    let mut world = world.borrow_mut();
+    match result {
+        CoroutineResult::Yield(wait) => {
+            let proc = world.proc(id);
+            proc.wait = wait;
+            proc.steps += 1;
+            let (role, steps) = (proc.role, proc.steps);
+            world.follow_plan(role, steps);
+        }
+        CoroutineResult::Return(()) => {
+            world.end(id, true);
+            if let Some(coroutine) = coroutines[id.0].take() {
+                retire(coroutine);
+            }
+        }
+    }
+}
+
+/// Unwinds the processes that were killed.
+fn bury(world: &Rc<RefCell<World>>, coroutines: &mut [Option<Running>]) {
+    let kills = std::mem::take(&mut world.borrow_mut().kills);
+    for id in kills {
+        if world.borrow_mut().proc(id).alive {
+            // A process that was spawned a moment ago has no coroutine yet: it never ran.
+            world.borrow_mut().spawned.retain(|(spawned, _)| *spawned != id);
+            if let Some(coroutine) = coroutines.get_mut(id.0).and_then(Option::take) {
+                retire(coroutine);
+            }
+            world.borrow_mut().end(id, false);
+        }
+    }
+}
+
+/// Unwinds a coroutine if it has not ended, and keeps its stack.
+fn retire(mut coroutine: Running) {
+    coroutine.force_unwind();
+    STACKS.with_borrow_mut(|stacks| stacks.push(coroutine.into_stack()));
+}
