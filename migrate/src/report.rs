@@ -2,9 +2,17 @@
 //!
 //! The engine emits them through [`crate::hypervisor::Toolstack::event`]. The helper process
 //! stamps each with the host's monotonic clock and writes it as a line of JSON ([`Stamped`]) to
-//! the program that started it, which adds what it sees itself. No clock is read here.
+//! the program that started it, which reads it ([`read_lines`]) and adds what it sees itself. No
+//! clock is read here.
+
+use std::io::{BufRead, BufReader, Read};
 
 use serde::{Deserialize, Serialize};
+
+/// Longest line; the helper's are below 1 KiB but for an error text.
+const LINE_BYTES_MAX: u64 = 64 << 10;
+/// Most events that are kept; a migration has a dozen for each pass.
+pub const EVENTS_MAX: usize = 100_000;
 
 /// Pages of one pass, by what became of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,4 +114,56 @@ pub struct Stamped {
     /// What happened.
     #[serde(flatten)]
     pub event: Event,
+}
+
+/// Reads lines of JSON to the end of `input`, and shows each event to `seen`. What comes back is
+/// every event but those of progress, which are many and of no use afterwards but the last, and
+/// no more than [`EVENTS_MAX`]. A line that is no event is left out, with a warning to the log.
+pub fn read_lines(input: impl Read, mut seen: impl FnMut(&Stamped)) -> Vec<Stamped> {
+    let mut input = BufReader::new(input);
+    let mut events: Vec<Stamped> = Vec::new();
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match input.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return events,
+            Ok(_) => {}
+        }
+        let event: Stamped = match serde_json::from_slice(&line) {
+            Ok(event) => event,
+            Err(error) => {
+                tracing::warn!(%error, "the save helper wrote a line that is no event");
+                continue;
+            }
+        };
+        seen(&event);
+        let is_progress = |s: &Stamped| matches!(s.event, Event::PassProgress { .. });
+        if events.last().is_some_and(is_progress) {
+            events.pop();
+        }
+        if events.len() < EVENTS_MAX {
+            events.push(event);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_kept_but_for_progress_and_lines_that_are_none_are_skipped() {
+        let progress = |done| Event::PassProgress { pass: 0, done, pages: 9, bytes: 1 };
+        let all = [Event::SuspendAsked, progress(1), progress(2), Event::Suspended, progress(3)];
+        let mut text = String::new();
+        for (t_ns, event) in (0..).zip(all) {
+            text += &serde_json::to_string(&Stamped { t_ns, event }).unwrap();
+            text += "\nrubbish\n";
+        }
+        let mut drawn = 0;
+        let events = read_lines(text.as_bytes(), |_| drawn += 1);
+        assert_eq!(drawn, 5);
+        let times: Vec<u64> = events.iter().map(|s| s.t_ns).collect();
+        assert_eq!(times, [0, 3, 4], "a progress event is kept only as the last one");
+    }
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use rxl_migrate::frame::DomId;
-use rxl_toolstack::libxl::config::DomainConfig;
+use rxl_migrate::xl::config::DomainConfig;
 use rxl_toolstack::lifecycle::{
     CANCELLED, DomainState, Lifecycle, LifecycleError, Result, ShortOfMemory,
 };

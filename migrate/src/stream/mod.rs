@@ -1,8 +1,10 @@
 //! Stream formats.
 //!
 //! [`libxc`] is the inner stream that carries memory and state. The outer libxl stream is
-//! written and read by libxl itself, and `xl`'s header and handshake are in [`crate::xl`].
+//! written and read by libxl itself, but for a look at its start ([`libxl`]); `xl`'s header and
+//! handshake are in [`crate::xl`].
 
 pub mod libxc;
+pub mod libxl;
 
 pub use libxc::FormatError;

@@ -1,5 +1,5 @@
-//! What `xl` adds around a libxl stream: a header with the domain's configuration ([`header`])
-//! and, for a migration, a conversation between the two ends.
+//! What `xl` adds around a libxl stream: a header ([`header`]) with the domain's configuration
+//! ([`config`]) and, for a migration, a conversation between the two ends.
 //!
 //! [`handshake`] says in what order things happen and does nothing itself. [`departure`] and
 //! [`arrival`] do what it says, against a trait each: up to when a step may be cancelled
@@ -7,11 +7,12 @@
 //! for an owner that was killed, [`channel`] how messages are heard and said. `rxl` implements the
 //! traits with libxl, pipes and processes, the simulator with models of them.
 //!
-//! What it is not: it spawns no transport, reads no configuration and calls no libxl. The formats
-//! have no specification of their own: they are what `xl` of Xen 4.5 and later writes and reads.
+//! What it is not: it spawns no transport, reads no configuration file and calls no libxl. The
+//! formats have no specification of their own: they are what `xl` of Xen 4.5 and later writes and reads.
 
 pub mod arrival;
 pub mod channel;
+pub mod config;
 pub mod departure;
 pub mod gate;
 pub mod guard;

@@ -3,7 +3,7 @@
 //! libxl's ABI is its release's own, and rxl is one binary for all of 4.14 to 4.22. So nothing
 //! links it, and nothing here relies on a layout that differs between those releases:
 //! - `libxl_domain_config` (and all in it) is opaque, in a room many times its size, and changed
-//!   only as JSON text ([`config`]); its first member is `c_info`;
+//!   only as JSON text (`rxl_migrate::xl::config`); its first member is `c_info`;
 //! - `libxl_dominfo`, `libxl_version_info`, `libxl_domain_restore_params` and `libxl_event` up to
 //!   its union are the same in all of them, as are the enumerations `libxl_error`,
 //!   `libxl_shutdown_reason` and `libxl_event_type` (new errors are added at the end);
@@ -19,7 +19,6 @@
 //!
 //! The unsafe code is in `ctx` (library, context, logger, children) and `ffi` (calls).
 
-pub mod config;
 mod ctx;
 mod ffi;
 mod library;

@@ -14,11 +14,11 @@ use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::xl::config::{ConfigError, DomainConfig};
 use rxl_xen_sys::libxl as xl;
 
 use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result};
 
-use super::config::{ConfigError, DomainConfig};
 use super::ffi::{DomainEvent, RcResult, utc_suffix};
 use super::{Libxl, failed, memory};
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
-use rxl_toolstack::libxl::config::DomainConfig;
+use rxl_migrate::xl::config::DomainConfig;
 use serde_json::Value;
 
 /// What makes a guest that guest; a file's value must not replace it.

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use anyhow::bail;
 use rxl_migrate::frame::DomId;
 use rxl_migrate::report::{Event, Stamped};
+use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::handshake::SenderEnd;
 use rxl_migrate::xl::header::Header;
 use rxl_toolstack::libxl::Libxl;
-use rxl_toolstack::libxl::config::DomainConfig;
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::Exit;

@@ -5,10 +5,10 @@
 use rxl_migrate::frame::DomId;
 use rxl_migrate::xl::arrival::{self, Arriving, Done, FAILED};
 use rxl_migrate::xl::channel::{Cancellable, Heard, Said, Until};
+use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::handshake::{Message, ReceiverEnd};
 use rxl_migrate::xl::header::Header;
 use rxl_migrate::xl::{self, incoming_name};
-use rxl_toolstack::libxl::config::DomainConfig;
 use rxl_toolstack::lifecycle::{Lifecycle, LifecycleError};
 
 use crate::channel::Channel;

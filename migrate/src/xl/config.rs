@@ -4,8 +4,9 @@
 //! are added, and those that have their default value are left out. So what rxl changes or reads
 //! is changed and read here, in the text. Source: `libxl_types.idl`, `libxl_domain_config`.
 
-use rxl_migrate::frame::DomId;
 use serde_json::{Map, Value};
+
+use crate::frame::DomId;
 
 /// A text that is not a domain's configuration.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +52,9 @@ impl DomainConfig {
         self.set_create_info("domid", Value::from(domid.map_or(0, |d| d.0)));
     }
 
-    /// A field at the top, as text: the `on_poweroff` family.
-    pub(super) fn field(&self, name: &str) -> Option<&str> {
+    /// A field at the top, as text: the `on_poweroff` family. `None` where it is absent or no text.
+    #[must_use]
+    pub fn field(&self, name: &str) -> Option<&str> {
         self.0.get(name)?.as_str()
     }
 
