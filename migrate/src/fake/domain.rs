@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use super::pages::FakePages;
 use super::xen::{Dom, E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Guest, Xen};
 use crate::bitmap::PageBitmap;
-use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageType, Pfn};
+use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageType, Pfn, WORDS_PER_PAGE};
 use crate::hypervisor::{
     Access, BATCH_PAGES_MAX, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
     SHUTDOWN_SUSPEND, SourceDomain, TargetDomain, TscInfo, VcpuState,
 };
-use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, get_u64, shared_info};
+use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, get_u64, put, shared_info};
 
 /// A machine with Xen. Clones are the same machine.
 #[derive(Clone)]
@@ -211,6 +211,29 @@ impl FakeDomain {
                 guest.hold_grant(xen);
             }
         });
+    }
+
+    /// From now on the guest does nothing by itself: what it does is the caller's to say.
+    pub fn take_over(&self) {
+        self.host.lock().dom(self.id.0).guest = None;
+    }
+
+    /// Puts `word` into a machine frame of a PV domain, past all checks: a page table may hold
+    /// anything when its type was asked for a moment ago. Frames of others are left alone.
+    pub fn poke(&self, mfn: Mfn, slot: usize, word: u64) {
+        let mut xen = self.host.lock();
+        if xen.is_owned(self.id.0, mfn.0) {
+            xen.set_word(mfn.0, slot % WORDS_PER_PAGE, word);
+            xen.mark_frame(self.id.0, mfn.0);
+        }
+    }
+
+    /// Puts `word` into the context of a PV vCPU, if it is online and the context that long.
+    pub fn poke_vcpu(&self, vcpu: usize, offset: usize, word: u64) {
+        let mut xen = self.host.lock();
+        if let Some(Some(state)) = xen.dom(self.id.0).vcpus.get_mut(vcpu) {
+            put(&mut state.basic, offset, &word.to_le_bytes());
+        }
     }
 
     /// The machine frame that `pfn` was populated with.

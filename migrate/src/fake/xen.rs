@@ -438,7 +438,7 @@ impl Xen {
     }
 
     /// Log-dirty for a frame of a PV guest: by the m2p.
-    fn mark_frame(&mut self, id: u16, mfn: u64) {
+    pub(super) fn mark_frame(&mut self, id: u16, mfn: u64) {
         let pfn = self.memory.m2p(mfn);
         if !self.dom(id).hvm && pfn != INVALID_FRAME {
             self.mark(id, pfn);

@@ -17,6 +17,11 @@ use crate::x86::pv::{
 const VADDR_BITS: u32 = 48;
 /// Most p2m frames of a guest that the stream format can express (2^32 pages).
 const P2M_FRAMES_MAX: u64 = (1 << 32) / P2M_ENTRIES_PER_FRAME;
+/// Pfns that any guest may claim: those of 1 TiB. Linux claims 512 GiB, to add memory later.
+const PAGES_ALWAYS: u64 = 1 << 28;
+/// Pfns that a guest may claim for each page that it has. A pfn costs bits of several bitmaps and
+/// a look in each pass, and a guest of a few pages can make a p2m of any size with them.
+const PAGES_PER_PAGE_MAX: u64 = 16;
 
 /// The physical map of a PV guest.
 pub(super) struct PhysMap<P> {
@@ -64,6 +69,9 @@ impl<P: ForeignPages> PhysMap<P> {
             let (cr3, vaddr) = (word(shared_info::P2M_CR3), word(shared_info::P2M_VADDR));
             Described { generation: Some(generation), ..walk.list(cr3, vaddr, max_pfn)? }
         };
+        if described.pages > PAGES_ALWAYS.max(info.total_pages.saturating_mul(PAGES_PER_PAGE_MAX)) {
+            return Err(GuestError::P2m("it is far larger than the guest's memory").into());
+        }
         let p2m = domain.map(&described.leaves, Access::Read)?;
         let Described { pages, leaves, generation } = described;
         let mut map =
