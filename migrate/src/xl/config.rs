@@ -4,7 +4,7 @@
 //! are added, and those that have their default value are left out. So what rxl changes or reads
 //! is changed and read here, in the text. Source: `libxl_types.idl`, `libxl_domain_config`.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use crate::frame::DomId;
 
@@ -17,6 +17,9 @@ pub enum ConfigError {
     /// It has no `c_info` object, which every domain has.
     #[error("the domain's configuration has no c_info")]
     NoCreateInfo,
+    /// It has a number that would not come out of here as it came in. libxl's are 64-bit integers.
+    #[error("the domain's configuration holds {0}, which is not a 64-bit integer")]
+    Number(Number),
 }
 
 /// A configuration, of which only a few fields are looked at.
@@ -30,6 +33,9 @@ impl DomainConfig {
     /// [`ConfigError`].
     pub fn parse(json: &str) -> Result<DomainConfig, ConfigError> {
         let fields: Map<String, Value> = serde_json::from_str(json.trim_end_matches('\0'))?;
+        if let Some(number) = fields.values().find_map(inexact) {
+            return Err(ConfigError::Number(number.clone()));
+        }
         match fields.get("c_info") {
             Some(Value::Object(_)) => Ok(DomainConfig(fields)),
             _ => Err(ConfigError::NoCreateInfo),
@@ -68,6 +74,16 @@ impl DomainConfig {
         if let Some(Value::Object(info)) = self.0.get_mut("c_info") {
             info.insert(field.to_owned(), value);
         }
+    }
+}
+
+/// A number in `value` that is no 64-bit integer. serde_json limits how deep values are nested.
+fn inexact(value: &Value) -> Option<&Number> {
+    match value {
+        Value::Number(number) if number.is_f64() => Some(number),
+        Value::Array(values) => values.iter().find_map(inexact),
+        Value::Object(fields) => fields.values().find_map(inexact),
+        _ => None,
     }
 }
 
@@ -119,6 +135,15 @@ mod tests {
     fn what_is_not_a_configuration_is_refused() {
         for text in ["", "[]", "{", "null", "{\"c_info\":7}", "{}"] {
             assert!(DomainConfig::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_number_that_would_be_changed_is_refused() {
+        for number in ["18446744073709551616", "-9223372036854775809", "1.5", "1e3"] {
+            let text = format!("{{\"c_info\":{{\"a\":[{{\"b\":{number}}}]}}}}");
+            let error = DomainConfig::parse(&text).unwrap_err();
+            assert!(matches!(error, ConfigError::Number(_)), "{number}: {error}");
         }
     }
 }
