@@ -33,7 +33,7 @@ impl PassPages {
     /// Pages whose content went over the wire.
     #[must_use]
     pub fn sent(&self) -> u64 {
-        self.plain + self.tables
+        self.plain.saturating_add(self.tables)
     }
 }
 
