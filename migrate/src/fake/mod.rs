@@ -2,10 +2,11 @@
 //!
 //! [`Host`] holds frames, the m2p and domains. [`FakeDomain`] implements the traits of
 //! [`crate::hypervisor`] on one of its domains, [`FakePages`] is guest memory mapped into the
-//! toolstack, [`FakeToolstack`] is libxl, [`Wire`] a stream in memory. Guests ([`PvSpec`],
-//! [`HvmSpec`]) have contents, page tables and a p2m of their own, and change them between any
-//! two calls and any two reads if they are told to ([`Host::run_guests`]). [`compare`] says in
-//! what a restored domain differs from the suspended one that it was made from.
+//! toolstack, [`FakeToolstack`] is libxl, [`Wire`] a stream in memory, [`Script`] one that is made
+//! by hand. Guests ([`PvSpec`], [`HvmSpec`]) have contents, page tables and a p2m of their own, and
+//! change them between any two calls and any two reads if they are told to
+//! ([`Host::run_guests`]). [`compare`] says in what a restored domain differs from the suspended
+//! one that it was made from.
 //!
 //! It is a model, so what real Xen checks is checked: a frame that is not the domain's cannot be
 //! mapped; a frame that is mapped writable, by anybody, cannot become a page table; page tables
@@ -35,6 +36,7 @@ mod physmap;
 mod policy;
 mod pv_build;
 mod rng;
+mod script;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -47,5 +49,6 @@ pub use guest_hvm::HvmSpec;
 pub use pages::FakePages;
 pub use pv_build::{Kind as P2mKind, PvSpec};
 pub use rng::Rng;
+pub use script::{Script, WIRING, tables};
 pub use stream::Wire;
 pub use toolstack::{FakeToolstack, Heard};

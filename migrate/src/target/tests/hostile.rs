@@ -3,10 +3,9 @@
 
 use proptest::prelude::*;
 
-use super::script::{Script, WIRING, tables};
 use super::{refusal, target};
 use crate::error::Error;
-use crate::fake::Wire;
+use crate::fake::{Script, WIRING, Wire, tables};
 use crate::frame::{PageBuf, PageType, Pfn};
 use crate::stream::FormatError;
 use crate::stream::libxc::{GuestKind, PageEntry, RecordKind, hvm_params, p2m_frames};

@@ -1,12 +1,9 @@
 //! Streams made by hand, good and bad, against the modelled Xen.
 
 mod hostile;
-mod script;
-
-use script::{Script, WIRING, tables};
 
 use crate::error::{Error, GuestError};
-use crate::fake::{FakeDomain, FakeToolstack, Heard, Host};
+use crate::fake::{FakeDomain, FakeToolstack, Heard, Host, Script, WIRING, tables};
 use crate::frame::{DomId, Mfn, PageBuf, PageType, Pfn};
 use crate::hypervisor::{
     Access, Domain, ForeignPages, LogLevel, PolicyError, SourceDomain, TargetDomain, VcpuState,

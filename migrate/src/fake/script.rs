@@ -1,6 +1,6 @@
-//! Writes streams record by record.
+//! Streams made by hand, record by record: small ones, and those that no sender would write.
 
-use crate::fake::Wire;
+use super::Wire;
 use crate::frame::{DomId, PageBuf, PageType, Pfn};
 use crate::hypervisor::TscInfo;
 use crate::stream::libxc::{
@@ -11,8 +11,8 @@ use crate::target::Options;
 use crate::x86::hvm;
 use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, put, start_info};
 
-/// What the domains of these tests are wired to.
-pub(super) const WIRING: Options = Options {
+/// What the domains that such a stream is for are wired to.
+pub const WIRING: Options = Options {
     store_evtchn: 17,
     store_domid: DomId(0),
     console_evtchn: 18,
@@ -20,18 +20,21 @@ pub(super) const WIRING: Options = Options {
 };
 
 /// A stream.
-#[derive(Clone)]
-pub(super) struct Script {
-    pub(super) hvm: bool,
-    pub(super) bytes: Vec<u8>,
+#[derive(Clone, Debug)]
+pub struct Script {
+    /// Of an HVM guest.
+    pub hvm: bool,
+    /// All of it so far.
+    pub bytes: Vec<u8>,
     /// Where each record begins.
-    pub(super) records: Vec<usize>,
+    pub records: Vec<usize>,
     /// Records before the state.
     memory_ends: usize,
 }
 
 /// A table, normalised: slots and the pfns in them, all writable.
-pub(super) fn tables(entries: &[(usize, u64)]) -> Box<PageBuf> {
+#[must_use]
+pub fn tables(entries: &[(usize, u64)]) -> Box<PageBuf> {
     let mut page = PageBuf::zeroed();
     for (slot, pfn) in entries {
         put(&mut page.0, slot * 8, &(pfn << 12 | 0x63).to_le_bytes());
@@ -48,7 +51,9 @@ fn table(pfn: u64, level: u8, below: &[(usize, u64)]) -> (u64, PageType, Box<Pag
 }
 
 impl Script {
-    pub(super) fn new(guest: GuestKind, version: u32) -> Script {
+    /// The headers alone.
+    #[must_use]
+    pub fn new(guest: GuestKind, version: u32) -> Script {
         let header = StreamHeader { version, guest, xen: (4, 17) };
         Script {
             hvm: guest == GuestKind::Hvm,
@@ -60,7 +65,8 @@ impl Script {
 
     /// A small PV guest: 16 pfns, of which 0 and 15 have no memory. 1 to 3 and 10 are tables,
     /// top level first, 5 the start info page, 6 and 7 the rings, 8 a GDT, 9 the p2m.
-    pub(super) fn pv() -> Script {
+    #[must_use]
+    pub fn pv() -> Script {
         Script::pv_memory().finish_pv()
     }
 
@@ -87,7 +93,8 @@ impl Script {
     }
 
     /// An HVM guest of four pages.
-    pub(super) fn hvm() -> Script {
+    #[must_use]
+    pub fn hvm() -> Script {
         let mut script = Script::new(GuestKind::Hvm, 3);
         script.record(RecordKind::X86CpuidPolicy, &[1; 24]);
         script.record(RecordKind::X86MsrPolicy, &[1; 16]);
@@ -97,7 +104,8 @@ impl Script {
     }
 
     /// The same as an old sender writes it.
-    pub(super) fn hvm_v2() -> Script {
+    #[must_use]
+    pub fn hvm_v2() -> Script {
         let mut script = Script::new(GuestKind::Hvm, 2);
         script.hvm_pages();
         script.finish_hvm()
@@ -108,7 +116,9 @@ impl Script {
         self.pages(&[normal(3, 0x33)]);
     }
 
-    pub(super) fn finish_hvm(mut self) -> Script {
+    /// Adds state and END.
+    #[must_use]
+    pub fn finish_hvm(mut self) -> Script {
         self.memory_ends = self.records.len();
         self.tsc();
         self.record(RecordKind::HvmContext, &[7; 40]);
@@ -120,12 +130,14 @@ impl Script {
     }
 
     /// Ends the memory, if need be, and adds state and END.
-    pub(super) fn finish_pv(self) -> Script {
+    #[must_use]
+    pub fn finish_pv(self) -> Script {
         self.finish_pv_with(|_| ())
     }
 
     /// The same with a change to the context of vCPU 0.
-    pub(super) fn finish_pv_with(mut self, change: impl FnOnce(&mut [u8])) -> Script {
+    #[must_use]
+    pub fn finish_pv_with(mut self, change: impl FnOnce(&mut [u8])) -> Script {
         self.rewind();
         self.memory_ends = self.records.len();
         self.tsc();
@@ -153,7 +165,7 @@ impl Script {
     }
 
     /// Takes the state away again, so that more memory can follow.
-    pub(super) fn rewind(&mut self) {
+    pub fn rewind(&mut self) {
         if self.memory_ends > 0 {
             self.cut(self.memory_ends);
             self.memory_ends = 0;
@@ -161,26 +173,30 @@ impl Script {
     }
 
     /// Keeps only the first `records` records.
-    pub(super) fn cut(&mut self, records: usize) {
+    pub fn cut(&mut self, records: usize) {
         self.bytes.truncate(self.records[records]);
         self.records.truncate(records);
     }
 
-    pub(super) fn record_count(&self) -> usize {
+    /// Records so far.
+    #[must_use]
+    pub fn record_count(&self) -> usize {
         self.records.len()
     }
 
-    pub(super) fn record(&mut self, kind: RecordKind, body: &[u8]) {
+    /// A record.
+    pub fn record(&mut self, kind: RecordKind, body: &[u8]) {
         self.records.push(self.bytes.len());
         self.bytes.extend(record(kind, &[body]).unwrap());
     }
 
-    pub(super) fn vcpu(&mut self, kind: RecordKind, id: u32, state: &[u8]) {
+    /// One of the records of a vCPU.
+    pub fn vcpu(&mut self, kind: RecordKind, id: u32, state: &[u8]) {
         self.record(kind, &[&vcpu_head(id), state].concat());
     }
 
     /// A page-data record; it takes the state away.
-    pub(super) fn pages(&mut self, pages: &[(u64, PageType, Box<PageBuf>)]) {
+    pub fn pages(&mut self, pages: &[(u64, PageType, Box<PageBuf>)]) {
         self.rewind();
         self.records.push(self.bytes.len());
         let entry = |page: &(u64, PageType, _)| PageEntry { pfn: Pfn(page.0), kind: page.1 };
@@ -190,13 +206,15 @@ impl Script {
     }
 
     /// A page-data record without data; it takes the state away.
-    pub(super) fn entries(&mut self, entries: &[PageEntry]) {
+    pub fn entries(&mut self, entries: &[PageEntry]) {
         self.rewind();
         self.records.push(self.bytes.len());
         self.bytes.extend(page_data_head(entries).unwrap());
     }
 
-    pub(super) fn wire(&self) -> Wire {
+    /// To be read.
+    #[must_use]
+    pub fn wire(&self) -> Wire {
         Wire::new(self.bytes.clone())
     }
 }
