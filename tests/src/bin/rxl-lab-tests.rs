@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, fake, sim, smoke, soak, unit};
+use rxl_tests::{bad_input, fake, fuzz, sim, smoke, soak, unit};
 
 /// Migrations on the modelled Xen that CI does: every cell of the matrix once.
 const FAKE_RUNS_IN_CI: u64 = 36;
@@ -56,6 +56,8 @@ enum Suite {
     },
     /// Migrations that have to fail without harm to the guest
     BadInput,
+    /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
             soak::run(tally, session, rounds);
         }),
         Some(Suite::BadInput) => in_lab(&mut tally, bad_input::run),
+        Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()
 }

@@ -1,0 +1,175 @@
+//! Headers and records of the libxc stream: what can be read can be written, to the same bytes
+//! but for what is reserved.
+
+use rxl_migrate::bitmap::PageBitmap;
+use rxl_migrate::frame::{PageType, Pfn};
+use rxl_migrate::stream::libxc::{
+    FormatError, GuestKind, OPTIONAL, P2mFrames, PageEntry, RECORD_BYTES_MAX, RECORD_HEADER_BYTES,
+    ReadKind, RecordHeader, RecordKind, StreamHeader, hvm_params, p2m_frames, page_data_count,
+    page_data_entries, page_data_head, parse_hvm_params, parse_tsc_info, parse_vcpu, record,
+    tsc_info, vcpu_head,
+};
+
+use crate::assert_told;
+use crate::input::Input;
+
+type Reader = fn(&[u8]) -> Result<(), FormatError>;
+
+/// How each kind of input is read; the first byte is one of these.
+const READERS: [Reader; 8] =
+    [stream_header, record_header, page_data, p2m, tsc, params, vcpu, bitmap];
+
+const VCPU_KINDS: [RecordKind; 4] = [
+    RecordKind::X86PvVcpuBasic,
+    RecordKind::X86PvVcpuExtended,
+    RecordKind::X86PvVcpuXsave,
+    RecordKind::X86PvVcpuMsrs,
+];
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let reader = input.choice(&READERS).expect("there are readers");
+    if let Err(error) = reader(input.rest()) {
+        assert_told(&error);
+    }
+}
+
+fn stream_header(bytes: &[u8]) -> Result<(), FormatError> {
+    let Some(bytes) = bytes.first_chunk() else { return Ok(()) };
+    let header = StreamHeader::parse(*bytes)?;
+    assert!(header.guest.describe().starts_with('a'));
+    assert_eq!(StreamHeader::parse(header.to_bytes()), Ok(header));
+    Ok(())
+}
+
+fn record_header(bytes: &[u8]) -> Result<(), FormatError> {
+    let Some((head, body)) = bytes.split_first_chunk::<RECORD_HEADER_BYTES>() else {
+        return Ok(());
+    };
+    let header = RecordHeader::parse(*head)?;
+    let padded = header.length + header.padding();
+    assert!(padded <= RECORD_BYTES_MAX as usize && padded.is_multiple_of(8));
+    match header.kind {
+        ReadKind::Optional(code) => assert!(code & OPTIONAL != 0),
+        ReadKind::Known(kind) => {
+            let written = record(kind, &[body])?;
+            assert_eq!(written.get(..4), head.get(..4));
+            assert!(written.len().is_multiple_of(8) && written.len() < 16 + body.len());
+        }
+    }
+    Ok(())
+}
+
+/// The body of a page-data record, up to its pages.
+fn page_data(bytes: &[u8]) -> Result<(), FormatError> {
+    let mut input = Input::new(bytes);
+    let claimed = input.u32();
+    let length = claimed as usize;
+    let body = input.rest();
+    let Some((head, rest)) = body.split_first_chunk() else { return Ok(()) };
+    let count = page_data_count(*head, length)?;
+    assert!(count > 0 && 8 + 8 * count <= length);
+    let Some(entries) = rest.get(..8 * count) else { return Ok(()) };
+    let parsed = page_data_entries(entries, length)?;
+    let written = page_data_head(&parsed)?;
+    assert_eq!(written.get(4..8), Some(&claimed.to_le_bytes()[..]));
+    assert_eq!(written.get(16..), Some(entries));
+    for entry in parsed {
+        let kind = PageType::from_nibble(entry.kind.nibble());
+        assert_eq!(kind, Some(entry.kind));
+        assert!(entry.kind.needs_memory() || !entry.kind.has_data());
+        assert!(entry.kind.table_level().is_none_or(|level| (1..=4).contains(&level)));
+    }
+    Ok(())
+}
+
+fn p2m(body: &[u8]) -> Result<(), FormatError> {
+    let parsed = P2mFrames::parse(body)?;
+    assert!(parsed.start <= parsed.end);
+    let whole = p2m_frames(parsed.end, &parsed.frames)?;
+    assert_eq!(whole.get(4..), body.get(4..));
+    if parsed.start == Pfn(0) {
+        assert_eq!(P2mFrames::parse(&whole), Ok(parsed));
+    }
+    Ok(())
+}
+
+fn tsc(body: &[u8]) -> Result<(), FormatError> {
+    let parsed = parse_tsc_info(body)?;
+    assert_eq!(body.get(..20), tsc_info(&parsed).get(..20));
+    Ok(())
+}
+
+fn params(body: &[u8]) -> Result<(), FormatError> {
+    let parsed = parse_hvm_params(body)?;
+    let written = hvm_params(&parsed);
+    assert_eq!((written.get(..4), written.get(8..)), (body.get(..4), body.get(8..)));
+    Ok(())
+}
+
+fn vcpu(bytes: &[u8]) -> Result<(), FormatError> {
+    let mut input = Input::new(bytes);
+    let kind = input.choice(&VCPU_KINDS).expect("there are kinds");
+    // A context is long: the missing end of one is zero.
+    let mut body = input.rest().to_vec();
+    if kind == RecordKind::X86PvVcpuBasic && body.len() > 64 {
+        body.resize(body.len().max(8 + 5168), 0);
+    }
+    let (id, state) = parse_vcpu(kind, &body)?;
+    let written = [&vcpu_head(id)[..], state].concat();
+    assert_eq!((written.get(..4), written.get(8..)), (body.get(..4), body.get(8..)));
+    Ok(())
+}
+
+/// The bytes of a log-dirty bitmap. They are Xen's, and the bits of pfns that a guest picks.
+fn bitmap(bytes: &[u8]) -> Result<(), FormatError> {
+    let mut input = Input::new(bytes);
+    let (len, other, pfn) = (u64::from(input.u16()), u64::from(input.u16()), Pfn(input.u64()));
+    let mut map = PageBitmap::new(len);
+    map.load_le_bytes(input.rest());
+    assert!(map.iter().all(|pfn| pfn.0 < len && map.get(pfn)));
+    assert_eq!(map.iter().count() as u64, map.count());
+    assert_eq!(map.is_empty(), len == 0);
+    let before = map.count();
+    map.union(&PageBitmap::full(other));
+    assert!(map.count() >= before.max(len.min(other)) && map.count() <= len);
+    map.set(pfn);
+    assert_eq!(map.get(pfn), pfn.0 < len);
+    map.grow(other);
+    map.clear(pfn);
+    assert!(!map.get(pfn) && map.len() == len.max(other));
+    assert!(!format!("{map:?}").is_empty());
+    map.clear_all();
+    assert_eq!(map.count(), 0);
+    Ok(())
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let header = |guest| StreamHeader { version: 3, guest, xen: (4, 17) }.to_bytes().to_vec();
+    let entry = |pfn, nibble| PageEntry {
+        pfn: Pfn(pfn),
+        kind: PageType::from_nibble(nibble).unwrap_or(PageType::Invalid),
+    };
+    let entries: Vec<PageEntry> =
+        (0..16).map(|nibble| entry(u64::from(nibble) << 3, nibble)).collect();
+    let pages = page_data_head(&entries).unwrap_or_default();
+    let frames = p2m_frames(Pfn(1000), &[Pfn(7), Pfn(9)]).unwrap_or_default();
+    let vcpu = |kind: u8, state: &[u8]| [&[kind][..], &vcpu_head(1), state].concat();
+    let seeds = [
+        (0, header(GuestKind::Pv)),
+        (0, header(GuestKind::Hvm)),
+        (1, record(RecordKind::Verify, &[]).unwrap_or_default()),
+        (1, record(RecordKind::X86PvInfo, &[b"12345"]).unwrap_or_default()),
+        (1, [OPTIONAL.to_le_bytes(), [9, 0, 0, 0]].concat()),
+        (2, [pages.get(4..8), pages.get(8..)].into_iter().flatten().flatten().copied().collect()),
+        (3, frames),
+        (4, tsc_info(&Default::default()).to_vec()),
+        (5, hvm_params(&[(1, 2), (17, u64::MAX)])),
+        (6, vcpu(0, &[0x66; 100])),
+        (6, vcpu(1, &[1; 64])),
+        (6, vcpu(2, &[1; 32])),
+        (6, vcpu(3, &[1; 32])),
+        (7, [&[200, 0, 100, 0][..], &7_u64.to_le_bytes(), &[0xa5; 30]].concat()),
+    ];
+    seeds.into_iter().map(|(reader, bytes)| [&[reader][..], &bytes].concat()).collect()
+}

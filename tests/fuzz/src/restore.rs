@@ -1,0 +1,333 @@
+//! A libxc stream into an empty domain of a modelled host.
+//!
+//! An input is a few bytes about the domain and the host, then the stream as it is on the wire,
+//! but that large blocks (pages, vCPU contexts) are written as in [`crate::block`]. So what the
+//! fuzzer changes is mostly heads, entries and fields.
+
+use std::io;
+
+use rxl_migrate::Error;
+use rxl_migrate::fake::{
+    FakeDomain, FakePages, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Script, WIRING,
+    Wire, tables,
+};
+use rxl_migrate::frame::{INVALID_FRAME, PAGE_SIZE, PageBuf, PageType, Pfn};
+use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, PageSlot, StreamIn, TargetDomain};
+use rxl_migrate::report::Event;
+use rxl_migrate::source::{self, save};
+use rxl_migrate::stream::libxc::{
+    GuestKind, PageEntry, RecordKind, hvm_params, p2m_frames, record,
+};
+use rxl_migrate::target::{Outcome, restore};
+
+use crate::assert_told;
+use crate::block::{self, BLOCK_BYTES_MIN};
+use crate::input::Input;
+
+/// Largest block that is made from a few bytes. The largest bodies have to be there as they are,
+/// or an input of a few bytes would take seconds.
+const BLOCK_BYTES_MAX: usize = 64 << 10;
+/// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
+const FRAMES_SMALL: u64 = 64;
+const FRAMES_LARGE: u64 = 1200;
+/// Highest pfn of a domain that is saved again: its bitmaps grow with that.
+const AGAIN_PFN_MAX: u64 = 1 << 16;
+
+/// Bits of the first byte.
+mod flag {
+    /// The domain is an HVM guest's.
+    pub(super) const HVM: u8 = 1;
+    /// The host has no extents of 2 MiB.
+    pub(super) const FRAGMENTED: u8 = 2;
+    /// The host refuses the CPUID leaf of [`super::REFUSED_LEAF`].
+    pub(super) const REFUSES_LEAF: u8 = 4;
+    /// The host is the larger one.
+    pub(super) const LARGE: u8 = 8;
+    /// Blocks are there as they are.
+    pub(super) const PLAIN: u8 = 16;
+    /// The domain was made 32 bits wide.
+    pub(super) const NARROW: u8 = 32;
+    /// Somebody wants an end, after a while.
+    pub(super) const ABORTED: u8 = 64;
+}
+
+const REFUSED_LEAF: u32 = 0x0101_0101;
+
+/// Calls that may be told to fail, by the second byte; 0 and what is past the list is none.
+const CALLS: [&str; 12] = [
+    "",
+    "info",
+    "map",
+    "map_m2p",
+    "populate",
+    "set_cpu_policy",
+    "set_tsc_info",
+    "set_hvm_param",
+    "set_hvm_context",
+    "set_vcpu",
+    "pin_tables",
+    "seed_grants",
+];
+const EIO: i32 = 5;
+
+/// A stream made from an input.
+struct Stream<'a> {
+    input: Input<'a>,
+    plain: bool,
+    /// Bytes of the stream that were read.
+    taken: u64,
+    /// The last of them that were read at once, if they were eight.
+    last: Option<[u8; 8]>,
+}
+
+impl Stream<'_> {
+    fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
+        let filled = if self.plain || !(BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&bytes.len()) {
+            let from = self.input.bytes(bytes.len());
+            (from.len() == bytes.len()).then(|| bytes.copy_from_slice(from))
+        } else {
+            block::read(&mut self.input, bytes)
+        };
+        self.taken += bytes.len() as u64;
+        self.last = bytes.try_into().ok();
+        filled.ok_or(io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+impl StreamIn<FakePages> for Stream<'_> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.fill(buf)
+    }
+
+    fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        let mut page = PageBuf([0; PAGE_SIZE]);
+        for slot in slots {
+            match slot {
+                PageSlot::Mapped(index) => {
+                    self.fill(&mut page.0)?;
+                    pages.write_page(*index, &page);
+                }
+                PageSlot::Copied(copy) => self.fill(&mut copy.0)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (flags, call, succeed) = (input.u8(), usize::from(input.u8()), input.u8());
+    let has = |flag| flags & flag != 0;
+    let frames = if has(flag::LARGE) { FRAMES_LARGE } else { FRAMES_SMALL };
+    let host = Host::new(frames, 7);
+    let domain = host.create(has(flag::HVM), frames / 2, 2);
+    if has(flag::FRAGMENTED) {
+        host.fragment();
+    }
+    if has(flag::REFUSES_LEAF) {
+        host.refuse_leaf(REFUSED_LEAF);
+    }
+    if has(flag::NARROW) {
+        domain.set_address_bits(32).expect("a domain without memory");
+    }
+    if let Some(call) = CALLS.get(call) {
+        host.fail(call, u64::from(succeed), EIO);
+    }
+    let mut toolstack = FakeToolstack::new(&domain);
+    toolstack.abort_at = has(flag::ABORTED).then_some(u64::from(succeed));
+    let mut stream = Stream { input, plain: has(flag::PLAIN), taken: 0, last: None };
+
+    let restored = restore(&domain, &mut stream, &mut toolstack, &WIRING);
+    host.heal();
+    assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
+    match restored {
+        Ok(outcome) => complete(&domain, &stream, &toolstack, outcome),
+        Err(error) => {
+            assert_told(&error);
+            match error {
+                Error::Machine { .. } | Error::NotSuspended | Error::Verify { .. } => {
+                    panic!("{error}")
+                }
+                Error::Aborted => assert!(has(flag::ABORTED)),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A stream that was taken: it was read up to its END and no further, the toolstack was told what
+/// it has to know, and whoever got such a domain can send it on.
+fn complete(domain: &FakeDomain, stream: &Stream<'_>, toolstack: &FakeToolstack, outcome: Outcome) {
+    assert_eq!(stream.last, Some([0; 8]), "the last that was read is not END");
+    let static_data = |heard: &&Heard| matches!(heard, Heard::StaticDataDone { .. });
+    assert_eq!(toolstack.heard.iter().filter(static_data).count(), 1);
+    let finished = Heard::Event(Event::Finished { bytes: stream.taken });
+    assert!(toolstack.heard.contains(&finished), "wrong about the {} bytes", stream.taken);
+    let info = domain.info().expect("a domain");
+    for frame in [outcome.store_frame, outcome.console_frame] {
+        let none = info.hvm && frame == INVALID_FRAME;
+        assert!(none || domain.map(&[frame], Access::Read).is_ok(), "no ring at {frame:#x}");
+    }
+    if info.hvm && domain.maximum_gpfn().is_ok_and(|max| max <= AGAIN_PFN_MAX) {
+        send_on(domain);
+    }
+}
+
+/// Saves the HVM guest `domain` and restores the stream, twice: both streams are the same.
+fn send_on(domain: &FakeDomain) {
+    let first = saved(domain);
+    let host = Host::new(FRAMES_LARGE, 8);
+    let copy = host.create(true, FRAMES_LARGE - 16, 2);
+    restore(&copy, &mut first.clone(), &mut FakeToolstack::new(&copy), &WIRING)
+        .expect("rxl restores what it saved");
+    assert!(saved(&copy).bytes == first.bytes, "a guest changed on its second move");
+}
+
+fn saved(domain: &FakeDomain) -> Wire {
+    let mut wire = Wire::default();
+    let options = source::Options { live: false, verify: false };
+    save(domain, &mut wire, &mut FakeToolstack::new(domain), &options)
+        .expect("rxl saves what it restored");
+    wire
+}
+
+/// The input that makes the stream `bytes`, by reading it and noting how.
+fn from_stream(flags: u8, bytes: &[u8]) -> Vec<u8> {
+    struct Recorder {
+        wire: Wire,
+        input: Vec<u8>,
+    }
+
+    impl Recorder {
+        fn note(&mut self, bytes: &[u8]) {
+            if (BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&bytes.len()) {
+                self.input.extend(block::write(bytes));
+            } else {
+                self.input.extend(bytes);
+            }
+        }
+    }
+
+    impl StreamIn<FakePages> for Recorder {
+        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+            let read = self.wire.read_exact(buf);
+            if read.is_ok() {
+                self.note(buf);
+            }
+            read
+        }
+
+        fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+            let mut page = PageBuf([0; PAGE_SIZE]);
+            for slot in slots {
+                self.read_exact(&mut page.0)?;
+                match slot {
+                    PageSlot::Mapped(index) => pages.write_page(*index, &page),
+                    PageSlot::Copied(copy) => copy.0 = page.0,
+                }
+            }
+            Ok(())
+        }
+    }
+
+    let host = Host::new(FRAMES_LARGE, 7);
+    let domain = host.create(flags & flag::HVM != 0, FRAMES_LARGE - 16, 3);
+    let mut recorder = Recorder { wire: Wire::new(bytes.to_vec()), input: vec![flags, 0, 0] };
+    // Seeds may be streams that are refused: what was read until then is the input.
+    let _ = restore(&domain, &mut recorder, &mut FakeToolstack::new(&domain), &WIRING);
+    recorder.input
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let scripts = [Script::pv(), Script::hvm(), Script::hvm_v2(), verified(Script::pv())];
+    let scripts = scripts.into_iter().chain([verified(Script::hvm()), pv_v2(), mixed(), runs()]);
+    let small = scripts.map(|script| {
+        let large = if script.bytes.len() > 500 << 12 { flag::LARGE } else { 0 };
+        from_stream(if script.hvm { flag::HVM | large } else { large }, &script.bytes)
+    });
+    let mut seeds: Vec<Vec<u8>> = small.collect();
+    // As the modelled Xen's guests are saved.
+    for p2m in [P2mKind::Linear, P2mKind::Tree] {
+        let spec = PvSpec {
+            pages: 200,
+            one_hole_in: 20,
+            p2m,
+            long_tail: false,
+            vcpus: 2,
+            processes: 1,
+            seed: 1,
+        };
+        let domain = spec.build(&Host::new(500, 1));
+        seeds.push(from_stream(flag::LARGE, &saved(&domain).bytes));
+    }
+    let domain = HvmSpec { pages: 512, seed: 1 }.build(&Host::new(700, 1));
+    seeds.push(from_stream(flag::HVM | flag::LARGE, &saved(&domain).bytes));
+    seeds.push([&[flag::HVM | flag::PLAIN, 0, 0], &Script::hvm().bytes[..]].concat());
+    seeds
+}
+
+/// The same with a second pass over some pages, to compare; one of them differs.
+fn verified(mut script: Script) -> Script {
+    script.rewind();
+    script.record(RecordKind::Verify, &[]);
+    let normal = |pfn, byte| (pfn, PageType::Normal, Box::new(PageBuf([byte; PAGE_SIZE])));
+    let mut pages = vec![normal(2, 0x22), normal(3, 0x34)];
+    if !script.hvm {
+        let table = PageType::Table { level: 1, pinned: false };
+        pages = vec![normal(4, 0x44), (10, table, tables(&[(0, 4), (1, 5), (2, 9), (3, 11)]))];
+    }
+    script.pages(&pages);
+    if script.hvm { script.finish_hvm() } else { script.finish_pv() }
+}
+
+/// A PV stream of version 2: no record ends the static data.
+fn pv_v2() -> Script {
+    let mut script = Script::new(GuestKind::Pv, 2);
+    let from = Script::pv();
+    let ends = from.records.iter().skip(1).copied().chain([from.bytes.len()]);
+    for (begin, end) in from.records.iter().copied().zip(ends) {
+        let bytes = from.bytes.get(begin..end).unwrap_or_default();
+        if !bytes.starts_with(&RecordKind::StaticDataEnd.code().to_le_bytes()) {
+            script.bytes.extend(bytes);
+        }
+    }
+    script
+}
+
+/// Pages that come again as something else, empty ones, a longer p2m, records to be skipped.
+fn mixed() -> Script {
+    let mut script = Script::pv();
+    let page = |byte| Box::new(PageBuf([byte; PAGE_SIZE]));
+    let pinned = PageType::Table { level: 1, pinned: true };
+    script.pages(&[
+        (12, pinned, tables(&[(0, 4)])),
+        (13, PageType::Normal, page(1)),
+        (12, PageType::Normal, page(2)),
+    ]);
+    let kinds = [PageType::AllocOnly, PageType::Broken, PageType::Invalid];
+    let entries = (13..).zip(kinds).map(|(pfn, kind)| PageEntry { pfn: Pfn(pfn), kind });
+    script.entries(&entries.collect::<Vec<_>>());
+    script.bytes.extend([1, 0, 0, 0x80, 3, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0]);
+    let longer = p2m_frames(Pfn(600), &[Pfn(9), Pfn(14)]).unwrap_or_default();
+    script.record(RecordKind::X86PvP2mFrames, &longer);
+    script.pages(&[(599, PageType::Normal, page(3)), (14, PageType::Normal, page(4))]);
+    script.finish_pv()
+}
+
+/// An HVM guest with a whole extent of 2 MiB, parameters that need pages, and none of them.
+fn runs() -> Script {
+    let mut script = Script::hvm();
+    script.rewind();
+    let entries = (512..1024).map(|pfn| PageEntry { pfn: Pfn(pfn), kind: PageType::AllocOnly });
+    script.entries(&entries.collect::<Vec<_>>());
+    let params: Vec<(u64, u64)> = [(5, 1), (6, 2), (9, 0x27), (36, 8)].into();
+    let mut script = script.finish_hvm();
+    let end = script.records.last().copied().unwrap_or_default();
+    script.bytes.truncate(end);
+    for params in [params, Vec::new()] {
+        let body = hvm_params(&params);
+        script.bytes.extend(record(RecordKind::HvmParams, &[&body]).unwrap_or_default());
+    }
+    script.bytes.extend(record(RecordKind::End, &[]).unwrap_or_default());
+    script
+}

@@ -1,0 +1,318 @@
+//! A PV guest's own structures, which the sender reads: shared info, p2m (list or tree), page
+//! tables, vCPU contexts, all of them while they change.
+//!
+//! An input chooses a guest, then changes words of its memory, some before the save and some
+//! while it goes on. Where frame numbers are needed the changes name pages of the guest.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+
+use rxl_migrate::Error;
+use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, P2mKind, PvSpec, WIRING, Wire};
+use rxl_migrate::frame::{Mfn, PAGE_SHIFT, Pfn};
+use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, SourceDomain, Toolstack};
+use rxl_migrate::report::Event;
+use rxl_migrate::source::{Options, save};
+use rxl_migrate::target::restore;
+use rxl_migrate::x86::pv::{PTE_FRAME_MASK, context, get_u64, shared_info};
+
+use crate::assert_told;
+use crate::input::Input;
+
+/// pfns of the guest, at most.
+const PAGES: u64 = 200;
+const FRAMES: u64 = 320;
+/// Batches after which the save is cancelled: a guest may claim a large p2m, and then it takes
+/// long as it has to.
+const ASKS_MAX: u32 = 40;
+
+/// Bits of the first byte.
+mod flag {
+    pub(super) const TREE: u8 = 1;
+    pub(super) const LONG_TAIL: u8 = 2;
+    pub(super) const LIVE: u8 = 4;
+    pub(super) const VERIFY: u8 = 8;
+    /// What is saved goes on to a receiver.
+    pub(super) const RESTORE: u8 = 16;
+    /// The guest maps a page of somebody else's for good.
+    pub(super) const GRANT: u8 = 32;
+    /// The save is cancelled early.
+    pub(super) const CANCEL: u8 = 64;
+}
+
+/// Calls that may be told to fail, by the second byte; 0 and what is past the list is none.
+const CALLS: [&str; 9] = [
+    "",
+    "map",
+    "map_m2p",
+    "log_dirty_on",
+    "log_dirty_clean",
+    "log_dirty_off",
+    "page_types",
+    "vcpu",
+    "cpu_policy",
+];
+const EIO: i32 = 5;
+
+/// Kinds of changes.
+mod change {
+    /// The rest of the changes are for later.
+    pub(super) const PAUSE: u8 = 0;
+    /// A word of a page.
+    pub(super) const WORD: u8 = 1;
+    /// A word becomes the machine frame of a page.
+    pub(super) const FRAME: u8 = 2;
+    /// A word becomes an entry for a page.
+    pub(super) const ENTRY: u8 = 3;
+    /// A word goes up or down.
+    pub(super) const ADD: u8 = 4;
+    /// A word of a vCPU's context.
+    pub(super) const VCPU: u8 = 5;
+    /// The same, and it becomes an entry for a page.
+    pub(super) const VCPU_ENTRY: u8 = 6;
+    /// Words of a page become what the first of them is.
+    pub(super) const REPEAT: u8 = 7;
+    pub(super) const KINDS: u8 = 8;
+}
+
+/// The guest and libxl, both of which follow the input.
+struct Hostile<'a> {
+    domain: &'a FakeDomain,
+    input: RefCell<Input<'a>>,
+    /// Machine frames that matter most: shared info, then the p2m and the tables that lead to it.
+    anchors: Vec<u64>,
+    pages: Vec<u64>,
+    asked: Cell<u32>,
+    asks_max: u32,
+}
+
+impl Hostile<'_> {
+    /// The page that the next two bytes name.
+    fn page(&self) -> u64 {
+        let index = usize::from(self.input.borrow_mut().u16());
+        let all = self.anchors.iter().chain(&self.pages);
+        all.clone().nth(index.checked_rem(all.count()).unwrap_or(0)).copied().unwrap_or(0)
+    }
+
+    fn word(&self, mfn: u64, slot: usize) -> u64 {
+        let page = self.domain.map(&[mfn], Access::Read);
+        page.map_or(0, |page| page.read_u64(slot % 512))
+    }
+
+    /// Changes what the input says, up to the next pause.
+    fn act(&self) {
+        while !self.input.borrow().is_empty() {
+            let kind = self.input.borrow_mut().u8() % change::KINDS;
+            if kind == change::PAUSE {
+                return;
+            }
+            if matches!(kind, change::VCPU | change::VCPU_ENTRY) {
+                self.change_vcpu(kind);
+                continue;
+            }
+            let mfn = self.page();
+            let slot = usize::from(self.input.borrow_mut().u16());
+            let word = match kind {
+                change::WORD => self.input.borrow_mut().u64(),
+                change::FRAME => self.page(),
+                change::ENTRY => self.entry(),
+                change::ADD => {
+                    let by = self.input.borrow_mut().u8().cast_signed();
+                    self.word(mfn, slot).wrapping_add_signed(by.into())
+                }
+                _ => self.word(mfn, slot),
+            };
+            let count = if kind == change::REPEAT { self.input.borrow_mut().u8() } else { 1 };
+            for slot in (slot..).take(count.into()) {
+                self.domain.poke(Mfn(mfn), slot, word);
+            }
+        }
+    }
+
+    fn entry(&self) -> u64 {
+        let mfn = self.page();
+        mfn << PAGE_SHIFT | u64::from(self.input.borrow_mut().u8())
+    }
+
+    fn change_vcpu(&self, kind: u8) {
+        let mut input = self.input.borrow_mut();
+        let (vcpu, slot, word) = (input.u8() % 3, input.u16() % 646, input.u64());
+        drop(input);
+        let word = if kind == change::VCPU { word } else { self.entry() };
+        self.domain.poke_vcpu(vcpu.into(), 8 * usize::from(slot), word);
+    }
+}
+
+impl Toolstack for Hostile<'_> {
+    fn suspend(&mut self) -> io::Result<bool> {
+        self.act();
+        self.domain.suspend();
+        Ok(true)
+    }
+
+    fn qemu_log_dirty(&mut self, _on: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn static_data_done(&mut self, _cpuid: bool, _msr: bool) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn log(&mut self, _level: LogLevel, text: &str) {
+        assert!(!text.is_empty());
+    }
+
+    fn progress(&mut self, what: &str, done: u64, total: u64) {
+        assert!(!what.is_empty() && done <= total);
+        self.act();
+    }
+
+    fn event(&mut self, event: &Event) {
+        assert!(!format!("{event:?}").is_empty());
+    }
+
+    fn aborted(&self) -> bool {
+        self.asked.set(self.asked.get() + 1);
+        self.asked.get() > self.asks_max
+    }
+}
+
+/// Frames of the p2m and of the tables that lead to it, of an address space, and of start info.
+fn anchors(domain: &FakeDomain) -> Vec<u64> {
+    let shared = domain.info().expect("a domain").shared_info_mfn;
+    let word = |mfn: u64, slot: usize| {
+        domain.map(&[mfn], Access::Read).map_or(0, |page| page.read_u64(slot))
+    };
+    let below = |mfn, slot| (word(mfn, slot) & PTE_FRAME_MASK) >> PAGE_SHIFT;
+    let top = word(shared, shared_info::FRAME_LIST_LIST / 8);
+    let mid = word(top, 0);
+    let cr3 = word(shared, shared_info::P2M_CR3 / 8) >> PAGE_SHIFT;
+    let level3 = below(cr3, 402);
+    let level2 = below(level3, 0);
+    let level1 = below(level2, 0);
+    let basic = domain.vcpu(0).ok().flatten().map(|vcpu| vcpu.basic).unwrap_or_default();
+    let own = get_u64(&basic, context::CR3).unwrap_or(0) >> PAGE_SHIFT;
+    let (own3, start) = (below(own, 0), get_u64(&basic, context::START_INFO).unwrap_or(0));
+    let (own2, own1) = (below(own3, 0), below(below(own3, 0), 0));
+    let leaf = if top == 0 { below(level1, 0) } else { word(mid, 0) };
+    let all = [shared, top, mid, leaf, cr3, level3, level2, level1, own, own3, own2, own1, start];
+    all.into_iter().filter(|mfn| *mfn != 0).collect()
+}
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let (flags, call, succeed) = (input.u8(), usize::from(input.u8()), input.u8());
+    let has = |flag| flags & flag != 0;
+    let host = Host::new(FRAMES, 3);
+    let spec = PvSpec {
+        pages: PAGES,
+        one_hole_in: 20,
+        p2m: if has(flag::TREE) { P2mKind::Tree } else { P2mKind::Linear },
+        long_tail: has(flag::LONG_TAIL),
+        vcpus: 3,
+        processes: 2,
+        seed: 5,
+    };
+    let domain = spec.build(&host);
+    if has(flag::GRANT) {
+        domain.hold_grant();
+    }
+    let anchors = anchors(&domain);
+    // The model's guest makes ready as a good one does; from then on the input decides.
+    domain.suspend();
+    domain.take_over();
+    if let Some(call) = CALLS.get(call) {
+        host.fail(call, u64::from(succeed), EIO);
+    }
+    let pages = (0..PAGES).filter_map(|pfn| Some(domain.populated_with(Pfn(pfn))?.0)).collect();
+    let asks_max = if has(flag::CANCEL) { u32::from(succeed) } else { ASKS_MAX };
+    let input = RefCell::new(input);
+    let mut toolstack =
+        Hostile { domain: &domain, input, anchors, pages, asked: Cell::new(0), asks_max };
+    toolstack.act();
+
+    let mut wire = Wire::default();
+    let options = Options { live: has(flag::LIVE), verify: has(flag::VERIFY) };
+    let result = save(&domain, &mut wire, &mut toolstack, &options);
+    host.heal();
+    assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
+    match result {
+        Ok(summary) => {
+            assert_eq!(summary.bytes, wire.bytes.len() as u64);
+            if has(flag::RESTORE) {
+                receive(wire);
+            }
+        }
+        Err(error) => {
+            assert!(!matches!(error, Error::Machine { .. } | Error::Format(_)), "{error}");
+            assert_told(&error);
+        }
+    }
+}
+
+/// A receiver takes what such a guest became, or says why not.
+fn receive(mut wire: Wire) {
+    let host = Host::new(FRAMES, 4);
+    let domain = host.create(false, PAGES + 40, 3);
+    let restored = restore(&domain, &mut wire, &mut FakeToolstack::new(&domain), &WIRING);
+    assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
+    if let Err(error) = restored {
+        assert!(!matches!(error, Error::Machine { .. }), "{error}");
+        assert_told(&error);
+    }
+}
+
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let word = |page: u16, offset: usize, word: u64| {
+        let slot = u16::try_from(offset / 8).unwrap_or_default();
+        let head = [page, slot].map(u16::to_le_bytes).concat();
+        [&[change::WORD][..], &head, &word.to_le_bytes()].concat()
+    };
+    let vcpu = |offset: usize, word: u64| {
+        let slot = u16::try_from(offset / 8).unwrap_or_default();
+        [&[change::VCPU, 0][..], &slot.to_le_bytes(), &word.to_le_bytes()].concat()
+    };
+    let live = flag::LIVE | flag::RESTORE;
+    let mut seeds = vec![
+        vec![flag::RESTORE, 0, 0],
+        vec![flag::TREE | flag::LONG_TAIL | flag::VERIFY | flag::RESTORE, 0, 0],
+        vec![live | flag::LONG_TAIL, 0, 0],
+        vec![live | flag::GRANT, 0, 0],
+        vec![live | flag::CANCEL, 0, 9],
+    ];
+    // The shared info page is the first anchor.
+    for (offset, value) in [
+        (shared_info::MAX_PFN, 0),
+        (shared_info::MAX_PFN, 1 << 20),
+        (shared_info::MAX_PFN, 1 << 32),
+        (shared_info::P2M_VADDR, 0xffff_8000_0000_0000),
+        (shared_info::P2M_VADDR, 1),
+        (shared_info::P2M_CR3, 1 << 40),
+        (shared_info::FRAME_LIST_LIST, u64::MAX),
+    ] {
+        let change = word(0, offset, value);
+        seeds.push([&[flag::RESTORE, 0, 0][..], &change].concat());
+        seeds.push([&[flag::TREE | flag::RESTORE, 0, 0][..], &change].concat());
+    }
+    let generation = word(0, shared_info::P2M_GENERATION, 9);
+    seeds.push([&[live, 0, 0, 0][..], &generation].concat());
+    for (offset, value) in [
+        (context::GDT_ENTRIES, 7169),
+        (context::GDT_FRAMES, 1),
+        (context::CR3, 5 << 12),
+        (context::CR1, 0),
+        (context::START_INFO, 0),
+    ] {
+        seeds.push([&[flag::RESTORE, 0, 0][..], &vcpu(offset, value)].concat());
+    }
+    // An entry of a table becomes a superpage, a foreign frame, another page; while it goes on.
+    for page in 1..9 {
+        for value in [0x83, 1 << 40 | 1, 77 << 12 | 1] {
+            seeds.push([&[live, 0, 0, 0, 0][..], &word(page, 8, value)].concat());
+        }
+    }
+    for call in 1..9 {
+        seeds.push(vec![live, call, 1]);
+    }
+    seeds
+}

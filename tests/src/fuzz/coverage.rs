@@ -1,0 +1,163 @@
+//! Which lines of the parsers the corpora reach.
+//!
+//! The program is built without optimisation and with a counter at every edge. libFuzzer runs the
+//! corpora once and prints where it has been (`-print_pcs`); the table of all such places is in
+//! the program (section `__sancov_pcs`), and its debugging information says which line each
+//! instruction belongs to. A line counts if there is code for it, and is reached if a part of it
+//! is. Attributes are left out: what derives make is not the parsers'.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+use addr2line::{Context as Lines, gimli};
+use anyhow::{Context, Result, ensure};
+use object::{Object, ObjectSection};
+use rxl_fuzz::TARGETS;
+
+use super::{COUNT_EDGES, build_with, corpus, directory, libfuzzer, run_logged};
+use crate::tally::note;
+use crate::unit::workspace;
+
+/// Least percentage of lines.
+const PERCENT_MIN: usize = 95;
+
+/// The files that read what a peer, a file or a guest wrote.
+const PARSERS: [&str; 24] = [
+    "bitmap.rs",
+    "frame.rs",
+    "helper/channel.rs",
+    "helper/invocation.rs",
+    "helper/message.rs",
+    "report.rs",
+    "source/pass.rs",
+    "source/pv.rs",
+    "stream/libxc.rs",
+    "stream/libxl.rs",
+    "target/driver.rs",
+    "target/hvm.rs",
+    "target/machine.rs",
+    "target/memory.rs",
+    "target/p2m.rs",
+    "target/pages.rs",
+    "target/pv.rs",
+    "target/vcpu.rs",
+    "x86/pv.rs",
+    "xl/config.rs",
+    "xl/handshake/mod.rs",
+    "xl/handshake/receiver.rs",
+    "xl/handshake/sender.rs",
+    "xl/header.rs",
+];
+
+/// Where the parsers are, from the root of the tree.
+const SOURCES: &str = "migrate/src/";
+
+/// Lines of a file: those with code, and those of them that were reached.
+#[derive(Default)]
+struct Reached {
+    code: BTreeSet<u32>,
+    reached: BTreeSet<u32>,
+}
+
+/// Builds, runs all corpora, prints the table.
+///
+/// # Errors
+/// Anything that fails, and a file with fewer lines reached than [`PERCENT_MIN`] percent.
+pub(super) fn run() -> Result<()> {
+    // Functions that nothing calls are to be there, and addresses are to be those of the file.
+    let rustflags = format!(
+        "{COUNT_EDGES} -Cllvm-args=-sanitizer-coverage-level=3 \
+         -Cllvm-args=-sanitizer-coverage-prune-blocks=0 \
+         -Clink-dead-code -Crelocation-model=static"
+    );
+    let program = build_with("dev", &rustflags)?;
+    let mut visited = BTreeSet::new();
+    for target in TARGETS {
+        let mut command = libfuzzer(&program, &target);
+        command.args(["-runs=0", "-print_pcs=1"]).arg(corpus(&target));
+        let log = directory(&format!("{}/coverage", target.name))?.join("log");
+        visited.extend(addresses(&run_logged(command, &log)?));
+    }
+    let bytes = fs::read(&program).context("Cannot read the program")?;
+    let files = lines(&bytes, &visited)?;
+    table(&files)
+}
+
+/// The addresses that libFuzzer printed, which are one past those of its table.
+fn addresses(log: &str) -> BTreeSet<u64> {
+    let new = log.lines().filter_map(|line| line.trim().strip_prefix("NEW_PC: 0x"));
+    let parsed = new.filter_map(|hex| u64::from_str_radix(hex.split(' ').next()?, 16).ok());
+    parsed.map(|address| address - 1).collect()
+}
+
+/// The lines of each parser's file.
+fn lines(program: &[u8], visited: &BTreeSet<u64>) -> Result<BTreeMap<String, Reached>> {
+    let object = object::File::parse(program).context("Cannot read the program")?;
+    let table = object.section_by_name("__sancov_pcs").context("the program has no counters")?;
+    let table = table.data().context("Cannot read the table of counters")?;
+    // Pairs of an address and flags.
+    let words = table.as_chunks::<16>().0.iter().map(|pair| pair.first_chunk::<8>());
+    let places: BTreeSet<u64> = words.flatten().map(|word| u64::from_le_bytes(*word)).collect();
+    ensure!(!visited.is_empty() && visited.is_subset(&places), "places that have no counter");
+
+    let section = |id: gimli::SectionId| {
+        let section = object.section_by_name(id.name());
+        let data = section.and_then(|section| section.data().ok()).unwrap_or_default();
+        Ok::<_, gimli::Error>(gimli::EndianSlice::new(data, gimli::LittleEndian))
+    };
+    let dwarf = gimli::Dwarf::load(section).context("Cannot read the debugging information")?;
+    let lines = Lines::from_dwarf(dwarf).context("Cannot read the debugging information")?;
+    let mut files: BTreeMap<String, Reached> = BTreeMap::new();
+    let ranges = lines.find_location_range(0, u64::MAX);
+    for (address, _, location) in ranges.context("Cannot read the debugging information")? {
+        let (Some(file), Some(line)) = (location.file, location.line) else { continue };
+        let Some((_, name)) = file.split_once(SOURCES) else { continue };
+        // Code up to the first counter of the program is none of a parser.
+        let Some(place) = places.range(..=address).next_back() else { continue };
+        let file = files.entry(name.to_owned()).or_default();
+        file.code.insert(line);
+        if visited.contains(place) {
+            file.reached.insert(line);
+        }
+    }
+    Ok(files)
+}
+
+/// Prints lines, lines reached and percent of each parser, and the lines that were not.
+fn table(files: &BTreeMap<String, Reached>) -> Result<()> {
+    note(format!("{:<28} {:>6} {:>8} {:>4}  not reached", "file", "lines", "reached", "%"));
+    let mut poor = Vec::new();
+    for name in PARSERS {
+        let none = Reached::default();
+        let file = files.get(name).unwrap_or(&none);
+        let path = workspace().join(SOURCES).join(name);
+        let missing = missing(&path, file)?;
+        let lines = file.code.len() - attributes(&path, &file.code)?.len();
+        ensure!(lines > 0, "no code of {name} is in the program");
+        let reached = lines - missing.len();
+        let percent = 100 * reached / lines;
+        let list: Vec<String> = missing.iter().map(u32::to_string).collect();
+        let list = list.join(" ");
+        note(format!("{name:<28} {lines:>6} {reached:>8} {percent:>4}  {list}"));
+        if percent < PERCENT_MIN {
+            poor.push(name);
+        }
+    }
+    ensure!(poor.is_empty(), "below {PERCENT_MIN} %: {}", poor.join(", "));
+    Ok(())
+}
+
+fn missing(path: &Path, file: &Reached) -> Result<BTreeSet<u32>> {
+    let missing: BTreeSet<u32> = file.code.difference(&file.reached).copied().collect();
+    let attributes = attributes(path, &missing)?;
+    Ok(missing.difference(&attributes).copied().collect())
+}
+
+/// Those of `lines` that are attributes.
+fn attributes(path: &Path, lines: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
+    let text = fs::read_to_string(path).with_context(|| format!("Cannot read {path:?}"))?;
+    let numbered = (1..).zip(text.lines());
+    let attributes = numbered.filter(|(_, line)| line.trim_start().starts_with("#["));
+    Ok(attributes.map(|(number, _)| number).filter(|number| lines.contains(number)).collect())
+}
