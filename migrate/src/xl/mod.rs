@@ -8,7 +8,8 @@
 //! traits with libxl, pipes and processes, the simulator with models of them.
 //!
 //! What it is not: it spawns no transport, reads no configuration file and calls no libxl. The
-//! formats have no specification of their own: they are what `xl` of Xen 4.5 and later writes and reads.
+//! formats have no specification of their own: they are what `xl` of Xen 4.5 and later writes and
+//! reads.
 
 pub mod arrival;
 pub mod channel;

@@ -94,7 +94,7 @@ fn sender(mut input: Input<'_>) {
     let (mut machine, mut sent) = (Sender::default(), Sent::default());
     let mut last = None;
     for _ in 0..EVENTS_MAX {
-        if input.is_empty() || matches!(last, Some(SenderAction::Finish(_))) {
+        if input.is_empty() {
             break;
         }
         let awaited = match last {
@@ -117,6 +117,8 @@ fn sender(mut input: Input<'_>) {
         };
         match machine.step(event) {
             Ok(action) => {
+                let over = matches!(last, Some(SenderAction::Finish(_)));
+                assert!(!over, "{action:?} after the end");
                 if let Some(last) = last {
                     sent.answered(last, event);
                 }
@@ -183,7 +185,7 @@ fn receiver(mut input: Input<'_>, paused: bool) {
     let (mut machine, mut received) = (Receiver::new(paused), Received::default());
     let mut last = None;
     for _ in 0..EVENTS_MAX {
-        if input.is_empty() || matches!(last, Some(ReceiverAction::Finish(_))) {
+        if input.is_empty() {
             break;
         }
         let awaited = match last {
@@ -204,6 +206,8 @@ fn receiver(mut input: Input<'_>, paused: bool) {
         };
         match machine.step(event) {
             Ok(action) => {
+                let over = matches!(last, Some(ReceiverAction::Finish(_)));
+                assert!(!over, "{action:?} after the end");
                 if let Some(last) = last {
                     received.answered(last, event);
                 }
@@ -239,7 +243,8 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         &[0, 2, 2, 2, 4, 3, 1],
         &[0, 2, 3, 4],
     ];
-    let of = |first: u8| move |events: &&[u8]| [&[first][..], events].concat();
+    // Each ends with an event that no state takes.
+    let of = |first: u8| move |events: &&[u8]| [&[first][..], events, &[0]].concat();
     let receivers = [1, 2].into_iter().flat_map(|first| receiver.iter().map(of(first)));
     sender.iter().map(of(0)).chain(receivers.collect::<Vec<_>>()).collect()
 }

@@ -17,25 +17,47 @@ use crate::input::Input;
 pub(crate) fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
     match input.u8() % 4 {
-        0 => messages(input.rest()),
+        0 => messages(input),
         1 => payload(input.rest()),
         2 => arguments(input.rest()),
         _ => channel(input),
     }
 }
 
+/// A descriptor that says something else before it is read the first time.
+struct Descriptor<'a> {
+    bytes: &'a [u8],
+    before: Option<io::ErrorKind>,
+}
+
+impl io::Read for Descriptor<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.before.take() {
+            Some(kind) => Err(kind.into()),
+            None => self.bytes.read(buf),
+        }
+    }
+}
+
 /// A sequence of messages, as libxl reads it.
-fn messages(mut stream: &[u8]) {
+fn messages(mut input: Input<'_>) {
+    let before = match input.u8() {
+        1 => Some(io::ErrorKind::Interrupted),
+        2 => Some(io::ErrorKind::ConnectionReset),
+        _ => None,
+    };
+    let mut stream = Descriptor { bytes: input.rest(), before };
     loop {
-        let before = stream.len();
+        let before = stream.bytes.len();
         match Message::read_from(&mut stream) {
             Ok(Some(message)) => {
-                assert!(stream.len() < before);
+                assert!(stream.bytes.len() < before);
                 encode(&message);
             }
-            Ok(None) => return assert!(before == 0 && stream.is_empty()),
+            Ok(None) => return assert!(before == 0 && stream.bytes.is_empty()),
             Err(error) => {
-                let known = [io::ErrorKind::UnexpectedEof, io::ErrorKind::InvalidData];
+                use io::ErrorKind::{ConnectionReset, InvalidData, UnexpectedEof};
+                let known = [ConnectionReset, InvalidData, UnexpectedEof];
                 assert!(known.contains(&error.kind()), "{error:?}");
                 return assert_told(&error);
             }
@@ -154,7 +176,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let encoded: Vec<Vec<u8>> = messages.iter().map(Message::encode).collect();
     let payloads = encoded.iter().map(|bytes| [&[1][..], bytes.get(2..).unwrap_or(&[])].concat());
     let mut seeds: Vec<Vec<u8>> = payloads.collect();
-    seeds.push([vec![0], encoded.concat()].concat());
+    seeds.extend([0, 1, 2].map(|before| [&[0, before], &encoded.concat()[..]].concat()));
     for line in [
         "--save-domain 5 6 7 1 136 0",
         "--restore-domain 5 6 7 3 0 4 0 768 0",

@@ -40,6 +40,8 @@ pub(crate) fn run(bytes: &[u8]) {
     if block::read(&mut input, &mut table.0).is_none() {
         return;
     }
+    // Guest memory does not belong in logs.
+    assert_eq!(format!("{table:?}"), "PageBuf(..)");
     fields(&table, offset);
     let raw = table.clone();
     match normalise(level, &mut table, |mfn| memory.pfn(mfn)) {

@@ -1,6 +1,7 @@
 //! Headers and records of the libxc stream: what can be read can be written, to the same bytes
 //! but for what is reserved.
 
+use rxl_migrate::Error;
 use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::frame::{PageType, Pfn};
 use rxl_migrate::stream::libxc::{
@@ -9,6 +10,7 @@ use rxl_migrate::stream::libxc::{
     page_data_entries, page_data_head, parse_hvm_params, parse_tsc_info, parse_vcpu, record,
     tsc_info, vcpu_head,
 };
+use rxl_migrate::target::machine::{Action, Event, Machine};
 
 use crate::assert_told;
 use crate::input::Input;
@@ -16,8 +18,8 @@ use crate::input::Input;
 type Reader = fn(&[u8]) -> Result<(), FormatError>;
 
 /// How each kind of input is read; the first byte is one of these.
-const READERS: [Reader; 8] =
-    [stream_header, record_header, page_data, p2m, tsc, params, vcpu, bitmap];
+const READERS: [Reader; 9] =
+    [stream_header, record_header, page_data, p2m, tsc, params, vcpu, bitmap, order];
 
 const VCPU_KINDS: [RecordKind; 4] = [
     RecordKind::X86PvVcpuBasic,
@@ -84,6 +86,9 @@ fn page_data(bytes: &[u8]) -> Result<(), FormatError> {
 }
 
 fn p2m(body: &[u8]) -> Result<(), FormatError> {
+    if let Some(word) = body.first_chunk().map(|word| u64::from_le_bytes(*word)) {
+        assert_eq!(p2m_frames(Pfn(word), &[]).is_ok(), u32::try_from(word).is_ok());
+    }
     let parsed = P2mFrames::parse(body)?;
     assert!(parsed.start <= parsed.end);
     let whole = p2m_frames(parsed.end, &parsed.frames)?;
@@ -118,6 +123,53 @@ fn vcpu(bytes: &[u8]) -> Result<(), FormatError> {
     let (id, state) = parse_vcpu(kind, &body)?;
     let written = [&vcpu_head(id)[..], state].concat();
     assert_eq!((written.get(..4), written.get(8..)), (body.get(..4), body.get(8..)));
+    Ok(())
+}
+
+/// Records in any order, and events that answer no action: those are named, and change nothing.
+fn order(bytes: &[u8]) -> Result<(), FormatError> {
+    let Some((head, rest)) = bytes.split_first_chunk() else { return Ok(()) };
+    let mut machine = Machine::new(&StreamHeader::parse(*head)?);
+    let mut input = Input::new(rest);
+    let (mut awaited, mut bodies) = (None, 0);
+    while !input.is_empty() {
+        let event = match input.u8() % 4 {
+            0 => Event::Begin,
+            1 => Event::Done,
+            _ => {
+                let head = [u32::from(input.u8()), input.u32()].map(u32::to_le_bytes).concat();
+                let head = head.first_chunk().copied().unwrap_or_default();
+                Event::Record(RecordHeader::parse(head)?)
+            }
+        };
+        let fits = match (awaited, event) {
+            (None, Event::Begin) => true,
+            (Some(Action::ReadHeader), Event::Record(_)) => true,
+            (None | Some(Action::ReadHeader | Action::Complete), _) => false,
+            (Some(_), event) => event == Event::Done,
+        };
+        match machine.step(event) {
+            Ok(action) => {
+                assert!(fits, "{event:?} after {awaited:?}");
+                if let Action::Body { length, .. } = action {
+                    bodies += 1;
+                    assert!(length <= 64 << 20);
+                }
+                // State comes after memory that it can be in.
+                assert!(action != Action::Complete || bodies > 0);
+                awaited = Some(action);
+            }
+            Err(Error::Format(error)) => {
+                assert!(fits);
+                return Err(error);
+            }
+            Err(error) => {
+                assert!(!fits && matches!(error, Error::Machine { .. }), "{error}");
+                assert_told(&error);
+            }
+        }
+    }
+    assert!(!format!("{machine:?}").is_empty());
     Ok(())
 }
 
@@ -171,5 +223,19 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         (6, vcpu(3, &[1; 32])),
         (7, [&[200, 0, 100, 0][..], &7_u64.to_le_bytes(), &[0xa5; 30]].concat()),
     ];
-    seeds.into_iter().map(|(reader, bytes)| [&[reader][..], &bytes].concat()).collect()
+    // Kind and length of records; 0 and 1 are the other events.
+    let orders: [(GuestKind, &[u8]); 2] = [
+        (GuestKind::Pv, &[2, 2, 1, 16, 1, 3, 1, 7, 4, 5, 0]),
+        (GuestKind::Hvm, &[17, 18, 16, 13, 1, 8, 9, 10, 0]),
+    ];
+    let orders = orders.map(|(guest, kinds)| {
+        let event = |kind: &u8| [2, *kind, 0, 0, 0, 0, 1];
+        let events: Vec<u8> = kinds.iter().flat_map(event).collect();
+        (8, [&header(guest)[..], &[1, 0], &events, &[0, 1]].concat())
+    });
+    seeds
+        .into_iter()
+        .chain(orders)
+        .map(|(reader, bytes)| [&[reader][..], &bytes].concat())
+        .collect()
 }

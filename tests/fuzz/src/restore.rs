@@ -240,12 +240,14 @@ fn from_stream(flags: u8, bytes: &[u8]) -> Vec<u8> {
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let scripts = [Script::pv(), Script::hvm(), Script::hvm_v2(), verified(Script::pv())];
-    let scripts = scripts.into_iter().chain([verified(Script::hvm()), pv_v2(), mixed(), runs()]);
-    let small = scripts.map(|script| {
-        let large = if script.bytes.len() > 500 << 12 { flag::LARGE } else { 0 };
-        from_stream(if script.hvm { flag::HVM | large } else { large }, &script.bytes)
-    });
+    let scripts = scripts.into_iter().chain([verified(Script::hvm()), pv_v2(), mixed(), narrow()]);
+    let small =
+        scripts.map(|script| from_stream(if script.hvm { flag::HVM } else { 0 }, &script.bytes));
     let mut seeds: Vec<Vec<u8>> = small.collect();
+    let extents = runs();
+    for flags in [flag::LARGE, flag::LARGE | flag::FRAGMENTED] {
+        seeds.push(from_stream(flag::HVM | flags, &extents.bytes));
+    }
     // As the modelled Xen's guests are saved.
     for p2m in [P2mKind::Linear, P2mKind::Tree] {
         let spec = PvSpec {
@@ -312,6 +314,13 @@ fn mixed() -> Script {
     script.record(RecordKind::X86PvP2mFrames, &longer);
     script.pages(&[(599, PageType::Normal, page(3)), (14, PageType::Normal, page(4))]);
     script.finish_pv()
+}
+
+/// A 32-bit PV guest's, as far as that is read.
+fn narrow() -> Script {
+    let mut script = Script::new(GuestKind::Pv, 3);
+    script.record(RecordKind::X86PvInfo, &[4, 3, 0, 0, 0, 0, 0, 0]);
+    script
 }
 
 /// An HVM guest with a whole extent of 2 MiB, parameters that need pages, and none of them.

@@ -20,11 +20,11 @@ use crate::assert_told;
 use crate::input::Input;
 
 /// pfns of the guest, at most.
-const PAGES: u64 = 200;
-const FRAMES: u64 = 320;
+const PAGES: u64 = 140;
+const FRAMES: u64 = 240;
 /// Batches after which the save is cancelled: a guest may claim a large p2m, and then it takes
 /// long as it has to.
-const ASKS_MAX: u32 = 40;
+const ASKS_MAX: u32 = 24;
 
 /// Bits of the first byte.
 mod flag {

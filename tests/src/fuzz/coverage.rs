@@ -1,10 +1,11 @@
 //! Which lines of the parsers the corpora reach.
 //!
-//! The program is built without optimisation and with a counter at every edge. libFuzzer runs the
-//! corpora once and prints where it has been (`-print_pcs`); the table of all such places is in
-//! the program (section `__sancov_pcs`), and its debugging information says which line each
-//! instruction belongs to. A line counts if there is code for it, and is reached if a part of it
-//! is. Attributes are left out: what derives make is not the parsers'.
+//! The program is built without optimisation and with a counter at every edge. libFuzzer runs a
+//! corpus as if to minimise it, and its control file says which counters each input moved
+//! (`COV`). The places of the counters are in the program (section `__sancov_pcs`), and its
+//! debugging information says which line each instruction belongs to. A line counts if there is
+//! code for it, and is reached if the counter before the start of a part of it has moved.
+//! Declarations of types are left out: what is derived for them is not the parsers'.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,7 +14,7 @@ use std::path::Path;
 use addr2line::{Context as Lines, gimli};
 use anyhow::{Context, Result, ensure};
 use object::{Object, ObjectSection};
-use rxl_fuzz::TARGETS;
+use rxl_fuzz::{TARGETS, Target};
 
 use super::{COUNT_EDGES, build_with, corpus, directory, libfuzzer, run_logged};
 use crate::tally::note;
@@ -72,34 +73,43 @@ pub(super) fn run() -> Result<()> {
          -Clink-dead-code -Crelocation-model=static"
     );
     let program = build_with("dev", &rustflags)?;
-    let mut visited = BTreeSet::new();
+    let mut moved = BTreeSet::new();
     for target in TARGETS {
-        let mut command = libfuzzer(&program, &target);
-        command.args(["-runs=0", "-print_pcs=1"]).arg(corpus(&target));
-        let log = directory(&format!("{}/coverage", target.name))?.join("log");
-        visited.extend(addresses(&run_logged(command, &log)?));
+        moved.extend(counters(&program, &target)?);
     }
     let bytes = fs::read(&program).context("Cannot read the program")?;
-    let files = lines(&bytes, &visited)?;
+    let files = lines(&bytes, &moved)?;
     table(&files)
 }
 
-/// The addresses that libFuzzer printed, which are one past those of its table.
-fn addresses(log: &str) -> BTreeSet<u64> {
-    let new = log.lines().filter_map(|line| line.trim().strip_prefix("NEW_PC: 0x"));
-    let parsed = new.filter_map(|hex| u64::from_str_radix(hex.split(' ').next()?, 16).ok());
-    parsed.map(|address| address - 1).collect()
+/// The counters that the corpus of `target` moves, as indices into their table.
+fn counters(program: &Path, target: &Target) -> Result<BTreeSet<usize>> {
+    let directory = directory(&format!("{}/coverage", target.name))?;
+    fs::remove_dir_all(&directory).context("Cannot empty a directory")?;
+    let (fewest, control) = (directory.join("fewest"), directory.join("control"));
+    fs::create_dir_all(&fewest).context("Cannot make a directory")?;
+    let mut command = libfuzzer(program, target);
+    command.arg("-merge=1").arg(format!("-merge_control_file={}", control.display()));
+    command.args([fewest, corpus(target)]);
+    run_logged(command, &directory.join("log"))?;
+    let control = fs::read_to_string(control).context("Cannot read the control file")?;
+    let lines = control.lines().filter_map(|line| line.strip_prefix("COV "));
+    // The first number is that of the input.
+    let numbers = lines.flat_map(|line| line.split(' ').skip(1));
+    numbers.map(|number| number.parse().context("Cannot read the control file")).collect()
 }
 
 /// The lines of each parser's file.
-fn lines(program: &[u8], visited: &BTreeSet<u64>) -> Result<BTreeMap<String, Reached>> {
+fn lines(program: &[u8], moved: &BTreeSet<usize>) -> Result<BTreeMap<String, Reached>> {
     let object = object::File::parse(program).context("Cannot read the program")?;
     let table = object.section_by_name("__sancov_pcs").context("the program has no counters")?;
     let table = table.data().context("Cannot read the table of counters")?;
     // Pairs of an address and flags.
     let words = table.as_chunks::<16>().0.iter().map(|pair| pair.first_chunk::<8>());
-    let places: BTreeSet<u64> = words.flatten().map(|word| u64::from_le_bytes(*word)).collect();
-    ensure!(!visited.is_empty() && visited.is_subset(&places), "places that have no counter");
+    let places: Vec<u64> = words.flatten().map(|word| u64::from_le_bytes(*word)).collect();
+    let visited = moved.iter().map(|index| places.get(*index).copied().context("no such counter"));
+    let visited: BTreeSet<u64> = visited.collect::<Result<_>>()?;
+    let places: BTreeSet<u64> = places.into_iter().collect();
 
     let section = |id: gimli::SectionId| {
         let section = object.section_by_name(id.name());
@@ -133,7 +143,7 @@ fn table(files: &BTreeMap<String, Reached>) -> Result<()> {
         let file = files.get(name).unwrap_or(&none);
         let path = workspace().join(SOURCES).join(name);
         let missing = missing(&path, file)?;
-        let lines = file.code.len() - attributes(&path, &file.code)?.len();
+        let lines = file.code.len() - declarations(&path, &file.code)?.len();
         ensure!(lines > 0, "no code of {name} is in the program");
         let reached = lines - missing.len();
         let percent = 100 * reached / lines;
@@ -150,14 +160,34 @@ fn table(files: &BTreeMap<String, Reached>) -> Result<()> {
 
 fn missing(path: &Path, file: &Reached) -> Result<BTreeSet<u32>> {
     let missing: BTreeSet<u32> = file.code.difference(&file.reached).copied().collect();
-    let attributes = attributes(path, &missing)?;
-    Ok(missing.difference(&attributes).copied().collect())
+    let declared = declarations(path, &missing)?;
+    Ok(missing.difference(&declared).copied().collect())
 }
 
-/// Those of `lines` that are attributes.
-fn attributes(path: &Path, lines: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
+/// Those of `lines` that declare: attributes, and types with what is derived for them. Types have
+/// no code of their own, and rustfmt ends each with the indentation that it began with.
+fn declarations(path: &Path, lines: &BTreeSet<u32>) -> Result<BTreeSet<u32>> {
     let text = fs::read_to_string(path).with_context(|| format!("Cannot read {path:?}"))?;
-    let numbered = (1..).zip(text.lines());
-    let attributes = numbered.filter(|(_, line)| line.trim_start().starts_with("#["));
-    Ok(attributes.map(|(number, _)| number).filter(|number| lines.contains(number)).collect())
+    let mut found = BTreeSet::new();
+    let mut end: Option<String> = None;
+    for (number, line) in (1..).zip(text.lines()) {
+        let code = line.trim_start();
+        let indentation = line.get(..line.len() - code.len()).unwrap_or_default();
+        let is_type = ["struct ", "enum "].iter().any(|word| {
+            let item = code
+                .strip_prefix("pub")
+                .map_or(code, |rest| rest.split_once(' ').map_or(rest, |(_, item)| item));
+            item.starts_with(word)
+        });
+        if end.is_none() && is_type && !code.ends_with(';') && !code.ends_with('}') {
+            end = Some(format!("{indentation}}}"));
+        }
+        if end.is_some() || is_type || code.starts_with("#[") {
+            found.insert(number);
+        }
+        if end.as_deref() == Some(line) {
+            end = None;
+        }
+    }
+    Ok(found.intersection(lines).copied().collect())
 }

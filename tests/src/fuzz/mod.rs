@@ -33,7 +33,7 @@ const SECONDS_MAX: u32 = 10;
 /// Beyond this much memory something leaks; single requests are limited by the targets.
 const MEMORY_MIB_MAX: u32 = 1024;
 /// Longest input that is made: that of the longest seeds, and some.
-const INPUT_BYTES_MAX: u32 = 64 << 10;
+const INPUT_BYTES_MAX: u32 = 32 << 10;
 
 /// What to do.
 #[derive(Clone, Debug, clap::Args)]
@@ -148,7 +148,8 @@ fn keep(program: &Path, target: &Target, from: &[&Path]) -> Result<()> {
     fs::remove_dir_all(&fewest).context("Cannot empty a directory")?;
     fs::create_dir_all(&fewest).context("Cannot make a directory")?;
     let mut command = libfuzzer(program, target);
-    command.args(["-merge=1", "-set_cover_merge=1"]).arg(&fewest).args(from);
+    // Of inputs that take the same edges more often, one will do.
+    command.args(["-merge=1", "-use_counters=0"]).arg(&fewest).args(from);
     run_logged(command, &fewest.with_file_name("merge.log"))?;
     let corpus = corpus(target);
     fs::remove_dir_all(&corpus).context("Cannot empty the corpus")?;
