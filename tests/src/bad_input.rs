@@ -43,10 +43,11 @@ const REFUSALS: [(&str, Provoke); 5] = [
 ];
 
 /// What happens while memory moves.
-const BREAKS: [(&str, Provoke); 3] = [
+const BREAKS: [(&str, Provoke); 4] = [
     ("the target kills its side mid-stream", receiver_is_killed),
     ("ssh is killed mid-stream", ssh_is_killed),
     ("Ctrl-C during pre-copy", interrupted),
+    ("rxl and its save helper are killed mid-stream", sender_is_killed),
 ];
 
 /// Runs all of it.
@@ -214,6 +215,17 @@ fn ssh_is_killed(session: &Session, guest: &str) -> Result<()> {
         FAILED,
         &["ssh was ended by signal 9", KEPT],
     )
+}
+
+/// Only the guard is left, and must be alone with the guest until it is done.
+fn sender_is_killed(session: &Session, guest: &str) -> Result<()> {
+    let migration = mid_stream(session, guest)?;
+    kill(session.host(1)?, "(rxl migrate|[^ ]+ --save-domain) ")?;
+    let again = format!("rxl migrate {guest} host2");
+    fails(session, &again, &["another migration of", "is putting things right"])?;
+    let finished = migration.finish(FAILURE_TIMEOUT)?;
+    ensure!(!finished.status.success(), "{}", describe(&finished));
+    Ok(())
 }
 
 fn interrupted(session: &Session, guest: &str) -> Result<()> {

@@ -9,8 +9,9 @@ use rxl_lab::{
 
 use crate::tally::note;
 
-/// How long what a migration started may take to end after it.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long what a migration started may take to end after it: a guard waits for a guest longer
+/// than libxl does.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// How long a host may take to destroy a domain.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(60);

@@ -64,16 +64,16 @@ pub fn is_needed(owner: &mut impl Read) -> bool {
 /// # Errors
 /// The host's last: the guest may be suspended still, or have the wrong name.
 pub fn keep<K: Keeper>(host: &mut K) -> Result<(), K::Error> {
-    loop {
+    let suspended = loop {
         let suspended = host.is_suspended();
-        if matches!(suspended, Ok(true)) {
-            break;
+        if matches!(suspended, Ok(true)) || !host.wait() {
+            break suspended;
         }
-        if !host.wait() {
-            return suspended.map(|_| ());
-        }
-    }
+    };
     host.log_dirty_off();
+    if !suspended? {
+        return Ok(());
+    }
     let named = host.restore_name();
     host.resume().and(named)
 }
@@ -135,12 +135,13 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_never_suspends_is_left_alone() {
+    fn a_guest_that_never_suspends_runs_on_without_log_dirty() {
         let mut host = Host { suspended: vec![Ok(false); 3], ..Host::default() };
         assert_eq!(keep(&mut host), Ok(()));
+        assert_eq!(host.done, ["log-dirty off"]);
         let mut host = Host { suspended: vec![Err("nobody knows"); 2], ..Host::default() };
         assert_eq!(keep(&mut host), Err("nobody knows"));
-        assert_eq!(host.done, [""; 0]);
+        assert_eq!(host.done, ["log-dirty off"]);
     }
 
     #[test]
