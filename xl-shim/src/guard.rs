@@ -15,6 +15,7 @@ use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 use crate::Exit;
 use crate::cli::Globals;
 use crate::host::{self, Progress};
+use crate::lock::Lock;
 use crate::output::{self, Screen};
 
 /// Which end a guard belongs to.
@@ -41,8 +42,15 @@ impl Guard {
     }
 
     /// Starts a guard. Without one a migration is as safe as with `xl`, so that is no error.
-    pub(crate) fn start(side: Side, name: &str, domid: Option<DomId>, screen: &Screen) -> Guard {
-        match Guard::spawn(side, name, domid) {
+    /// It holds `lock` with its owner.
+    pub(crate) fn start(
+        side: Side,
+        name: &str,
+        domid: Option<DomId>,
+        lock: &Lock,
+        screen: &Screen,
+    ) -> Guard {
+        match Guard::spawn(side, name, domid, lock) {
             Ok(guard) => guard,
             Err(error) => {
                 screen.line(&format!("rxl: going on without a guard process: {error}"));
@@ -51,7 +59,7 @@ impl Guard {
         }
     }
 
-    fn spawn(side: Side, name: &str, domid: Option<DomId>) -> io::Result<Guard> {
+    fn spawn(side: Side, name: &str, domid: Option<DomId>, lock: &Lock) -> io::Result<Guard> {
         let side = match side {
             Side::Source => "source",
             Side::Target => "target",
@@ -60,7 +68,7 @@ impl Guard {
             .args(["domain-guard", side, "--", name])
             .args(domid.map(|d| d.to_string()))
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(lock.for_guard()?)
             .spawn()?;
         let pipe = child.stdin.take();
         Ok(Guard(pipe.map(|pipe| (child, pipe))))

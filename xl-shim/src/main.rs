@@ -20,6 +20,7 @@ mod fake;
 mod gate;
 mod guard;
 mod host;
+mod lock;
 mod migrate;
 mod monitor;
 mod output;

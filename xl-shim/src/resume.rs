@@ -7,10 +7,15 @@ use rxl_toolstack::lifecycle::{DomainState, Lifecycle};
 use crate::Exit;
 use crate::cli::Globals;
 use crate::host::{self, Progress};
+use crate::lock::Lock;
 use crate::output::Screen;
 
 pub(crate) fn run(globals: &Globals, domain: &str) -> anyhow::Result<Exit> {
     let host = host::open(globals, Progress::Lines)?;
+    let _lock = match host.resolve(domain) {
+        Ok(domid) => Some(Lock::of_domain(domid, domain)?),
+        Err(_) => None,
+    };
     resume(&host, domain, &Screen::stderr())?;
     Ok(Exit::Success)
 }

@@ -37,6 +37,12 @@ pub trait Arriving {
     /// # Errors
     /// It is no header, or has no usable configuration.
     fn read_header(&mut self) -> std::result::Result<(), Self::Error>;
+    /// From now on, until this process and its guard have ended, nobody else receives a domain of
+    /// that name here or puts right what is left of one.
+    ///
+    /// # Errors
+    /// Somebody does: a guard may take its time, and would take this copy for its own.
+    fn claim_name(&mut self) -> std::result::Result<(), Self::Error>;
     /// Makes sure that no domain has the name of [`super::incoming_name`].
     ///
     /// # Errors
@@ -130,6 +136,7 @@ fn create<A: Arriving>(side: &mut A) -> ReceiverEvent<'static> {
 /// Header, room, stream: a paused copy.
 fn make<A: Arriving>(side: &mut A) -> std::result::Result<(), A::Error> {
     side.read_header()?;
+    side.claim_name()?;
     // Before the guard, which would destroy what has that name.
     side.check_name()?;
     side.reserve_memory()?;

@@ -11,7 +11,11 @@
 //! It does neither once it has been told to stand down, which its owner does *before* it tries to
 //! write Go, and when it has received Go: from then on the other copy may run.
 //!
-//! What it is not: a process. It reads no clock.
+//! A guard that acts must not meet another migration of the same domain: it would let a guest run
+//! on that the other has suspended, or destroy the other's copy. So a guard holds what its owner
+//! holds, a lock for the domain, and the next owner begins when that is free.
+//!
+//! What it is not: a process, or the lock. It reads no clock.
 
 use std::io::{self, Read};
 

@@ -152,7 +152,10 @@ fn check_receiver(world: &World, copies: &Copies, found: &mut Vec<String>) {
                 *name != incoming_name(NAME) && *whole && *runs != world.plan.stays_paused
             })
         }
-        ReceiverEnd::Nothing(_) | ReceiverEnd::GivenBack { .. } => copies.target.is_empty(),
+        // What an earlier migration has left is not this one's.
+        ReceiverEnd::Nothing(_) | ReceiverEnd::GivenBack { .. } => {
+            copies.target.is_empty() || facts.attempt > 1
+        }
         ReceiverEnd::Remains => facts.has_failed(Side::Target, Request::Destroy),
     };
     if !good {

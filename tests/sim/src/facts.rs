@@ -9,6 +9,8 @@ use crate::world::{Role, Side};
 /// What has happened.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
+    /// Migrations that have begun. What is said below is of the last.
+    pub(crate) attempt: u32,
     /// The sender has begun to write Go.
     pub(crate) go_tried: bool,
     /// The sender was told that the target's copy is gone.
@@ -39,6 +41,16 @@ impl Facts {
 
     pub(crate) fn is_down(&self, side: Side) -> bool {
         self.down[side as usize]
+    }
+
+    /// A migration begins with a guest that runs: what was said before does not bind.
+    pub(crate) fn begin(&mut self) {
+        self.attempt += 1;
+        if self.attempt > 1 {
+            self.coverage.count("tried again");
+        }
+        (self.go_tried, self.given_back, self.go_heard) = (false, false, false);
+        (self.sender_end, self.receiver_end) = (None, None);
     }
 
     pub(crate) fn any_down(&self) -> bool {

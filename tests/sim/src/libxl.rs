@@ -77,6 +77,9 @@ fn start(
     let ends = [(messages, End::Write), (replies, End::Read), stream];
     let mut world = process.world();
     let helper = world.spawn(role, &ends, Box::new(move |p| body(p, replies, messages)));
+    if role == Role::SaveHelper {
+        world.share_lock(Side::Source, process.id(), helper);
+    }
     let proc = world.proc(process.id());
     proc.operation = Some(Some(helper));
     if proc.requests > 0 {

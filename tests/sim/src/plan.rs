@@ -119,6 +119,8 @@ pub(crate) struct Plan {
     cuts: [Option<u64>; 2],
     /// So many milliseconds after a cut its ends see it, at most.
     pub(crate) notice_max: u64,
+    /// Once the sender is gone the user tries again so many milliseconds later.
+    pub(crate) retry: Option<u64>,
     pub(crate) suspension: Suspension,
     /// The guest takes note of the request to suspend at once, so that it cannot be taken back.
     pub(crate) acknowledges: bool,
@@ -231,6 +233,7 @@ impl Plan {
             rate: dice.one_of(&[100, 5_000, 1_000_000]),
             cuts: [None; 2],
             notice_max: dice.one_of(&[1, 1_000, 300_000]),
+            retry: None,
             suspension: Suspension::After(dice.one_of(&[0, 1, 100, 5_000])),
             acknowledges: false,
             triggers: Vec::new(),
@@ -247,6 +250,9 @@ impl Plan {
             plan.add_fault(&mut dice);
         }
         plan.calm = plan.has_no_faults();
+        if !plan.calm && plan.malicious.is_none() && dice.0.one_in(3) {
+            plan.retry = Some(dice.one_of(&[0, 10, 1_000, 70_000]));
+        }
         plan
     }
 

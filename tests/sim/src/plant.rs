@@ -30,12 +30,14 @@ pub enum Plant {
     DirtyBitsLost,
     /// Log-dirty is not switched off at the end.
     LogDirtyStaysOn,
+    /// A second migration does not care whether the first is over.
+    LockIgnored,
     /// A mapping of guest memory outlives its batch, and its process.
     MappingLeaks,
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 11] = [
+pub const PLANTS: [Plant; 12] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -46,6 +48,7 @@ pub const PLANTS: [Plant; 11] = [
     Plant::PassesOverlap,
     Plant::DirtyBitsLost,
     Plant::LogDirtyStaysOn,
+    Plant::LockIgnored,
     Plant::MappingLeaks,
 ];
 

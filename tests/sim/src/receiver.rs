@@ -35,10 +35,10 @@ struct Arrival<'a, 'b> {
 /// `rxl migrate-receive`.
 pub(crate) fn receive(process: &Process<'_>, input: PipeId, output: PipeId) {
     let gate = Rc::new(Gate::new());
-    let plant = {
+    let (plant, attempt) = {
         let mut world = process.world();
         world.proc(process.id()).gate = Some(gate.clone());
-        world.plan.plant
+        (world.plan.plant, world.facts.attempt)
     };
     let channel = Channel { process, input, output };
     let mut arrival = Arrival {
@@ -57,7 +57,9 @@ pub(crate) fn receive(process: &Process<'_>, input: PipeId, output: PipeId) {
         match end {
             Ok(end) => {
                 world.trace.say(|| format!("the receiver ends: {end:?}"));
-                world.facts.receiver_end = Some(end);
+                if world.facts.attempt == attempt {
+                    world.facts.receiver_end = Some(end);
+                }
             }
             Err(bug) => world.facts.violated(&format!("the receiver: {bug}")),
         }
@@ -140,6 +142,13 @@ impl Arriving for Arrival<'_, '_> {
         let (name, shape) = shape(&header.config).ok_or(FAIL)?;
         (self.name, self.shape) = (name, Some(shape));
         Ok(())
+    }
+
+    fn claim_name(&mut self) -> Result<(), u8> {
+        self.process.step();
+        let mut world = self.process.world();
+        let ignored = world.plan.plant == Some(Plant::LockIgnored);
+        if ignored || world.lock(Side::Target, self.process.id()) { Ok(()) } else { Err(FAIL) }
     }
 
     fn check_name(&mut self) -> Result<(), u8> {

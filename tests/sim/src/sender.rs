@@ -88,7 +88,9 @@ impl Guard {
                 body(p);
             }
         };
-        let process = owner.world().spawn(role, &[(pipe, End::Read)], Box::new(body));
+        let mut world = owner.world();
+        let process = world.spawn(role, &[(pipe, End::Read)], Box::new(body));
+        world.share_lock(role.side(), owner.id(), process);
         Guard { pipe, process }
     }
 
@@ -199,8 +201,7 @@ pub(crate) fn migrate(
     far: impl FnOnce(&Process<'_>, PipeId, PipeId) + 'static,
 ) {
     process.step();
-    let found = process.world().machine(Side::Source).find(NAME);
-    let Some(id) = found else { return };
+    let Some(id) = find_guest(process) else { return };
     let config = process.world().plan.config();
     let Ok(header) = Header::new(&config) else { return };
     let gate = Rc::new(Gate::new());
@@ -242,6 +243,21 @@ pub(crate) fn migrate(
     if let Some(guard) = departure.guard.take() {
         guard.finish(process);
     }
+}
+
+/// The guest, if it is there under its name and not suspended.
+fn find_guest(process: &Process<'_>) -> Option<DomId> {
+    let mut world = process.world();
+    let id = world.machine(Side::Source).find(NAME)?;
+    if world.plan.plant != Some(Plant::LockIgnored) && !world.lock(Side::Source, process.id()) {
+        return None;
+    }
+    if world.machine(Side::Source).guest().is_suspended() {
+        world.facts.coverage.count("refused: the guest is suspended");
+        return None;
+    }
+    world.facts.begin();
+    Some(id)
 }
 
 /// Starts ssh, and what it starts at the target: what it says, and where to write to it.

@@ -22,6 +22,7 @@ use crate::pipe::{End, Pipe, PipeId};
 use crate::plan::{Act, Landmark, Plan};
 use crate::process::{Process, Switch};
 use crate::trace::Trace;
+use crate::{receiver, sender};
 
 /// A host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -130,6 +131,8 @@ pub(crate) struct Proc {
 pub(crate) enum Happening {
     /// The guest follows the request to suspend of that number.
     GuestSuspends(u64),
+    /// The user tries again.
+    Retry,
 }
 
 /// All of a run but the coroutines.
@@ -148,6 +151,8 @@ pub(crate) struct World {
     kills: Vec<ProcId>,
     /// Number of the last request to suspend; those before it are void.
     pub(crate) suspend_request: u64,
+    /// Who holds the guest's lock on each host.
+    locks: [Vec<ProcId>; 2],
     /// The two directions of the link.
     pub(crate) link: [Option<PipeId>; 2],
 }
@@ -167,6 +172,7 @@ impl World {
             spawned: Vec::new(),
             kills: Vec::new(),
             suspend_request: 0,
+            locks: [Vec::new(), Vec::new()],
             link: [None; 2],
         }
     }
@@ -216,6 +222,25 @@ impl World {
         self.spawned.push((id, body));
         self.trace.note(role, "starts", role as u64);
         id
+    }
+
+    /// Takes the guest's lock on a host, if nobody who has it lives.
+    pub(crate) fn lock(&mut self, side: Side, id: ProcId) -> bool {
+        let held = self.locks[side as usize].iter().any(|holder| self.procs[holder.0].alive);
+        if held {
+            self.facts.coverage.count(format!("refused: the guest is locked at the {side:?}"));
+        } else {
+            self.locks[side as usize] = vec![id];
+        }
+        !held
+    }
+
+    /// `id` inherits the guest's lock from `owner`, if that has it.
+    pub(crate) fn share_lock(&mut self, side: Side, owner: ProcId, id: ProcId) {
+        let holders = &mut self.locks[side as usize];
+        if holders.contains(&owner) {
+            holders.push(id);
+        }
     }
 
     /// The process of that role, if it lives.
@@ -289,6 +314,10 @@ impl World {
         timers.chain(links).chain(happenings).filter(|time| *time > self.now).min()
     }
 
+    fn will_retry(&self) -> bool {
+        self.happenings.iter().any(|Reverse((_, happening))| *happening == Happening::Retry)
+    }
+
     fn happen(&mut self) {
         while let Some(Reverse((time, happening))) = self.happenings.peek().copied() {
             if time > self.now {
@@ -301,6 +330,11 @@ impl World {
                     self.trace.note(Side::Source, "guest suspends", 0);
                 }
                 Happening::GuestSuspends(_) => {}
+                Happening::Retry if self.facts.is_down(Side::Source) => {}
+                Happening::Retry => {
+                    let again: Body = Box::new(|p| sender::migrate(p, receiver::receive));
+                    self.spawn(Role::Sender, &[], again);
+                }
             }
         }
         if self.pipes.iter().any(Pipe::is_due_to_be_cut) {
@@ -410,6 +444,11 @@ impl World {
             self.pipe(pipe).close(end);
         }
         self.trace.note(role, if exited { "exits" } else { "is killed" }, role as u64);
+        if role == Role::Sender
+            && let Some(delay) = self.plan.retry.take()
+        {
+            self.at(self.now + delay, Happening::Retry);
+        }
     }
 }
 
@@ -443,11 +482,11 @@ pub(crate) fn run(world: &Rc<RefCell<World>>, steps_max: u64) -> Ended {
     let mut coroutines: Vec<Option<Running>> = Vec::new();
     let mut ended = Ended::Endless;
     for _ in 0..steps_max {
-        start(world, &mut coroutines);
         world.borrow_mut().happen();
+        start(world, &mut coroutines);
         let Some(id) = world.borrow_mut().choose() else {
             let mut world = world.borrow_mut();
-            let alive = world.procs.iter().any(|proc| proc.alive);
+            let alive = world.procs.iter().any(|proc| proc.alive) || world.will_retry();
             match world.next_moment().filter(|_| alive) {
                 Some(moment) => {
                     world.now = moment;

@@ -6,7 +6,7 @@ mod driver;
 
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::report::{Event, Stamped};
 use rxl_migrate::xl::config::DomainConfig;
@@ -22,6 +22,7 @@ use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Side};
 use crate::host::{self, Progress};
+use crate::lock::Lock;
 use crate::output::{self, Screen};
 use crate::passthrough;
 use crate::report::{Facts, Outcome, Report};
@@ -36,6 +37,8 @@ struct Guest {
     domid: DomId,
     name: String,
     header: Header,
+    /// Nobody else does anything to it meanwhile.
+    lock: Lock,
 }
 
 /// How a migration ended, and what is known of it.
@@ -91,8 +94,11 @@ fn depart(
     let gate = Arc::new(Gate::new()?);
     let too_late = too_late(&guest.name, &args.host);
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
-    let guard = Guard::start(Side::Source, &guest.name, Some(guest.domid), screen);
+    let (name, domid) = (&guest.name, Some(guest.domid));
+    let guard = Guard::start(Side::Source, name, domid, &guest.lock, screen);
     let (transport, input, output) = Transport::start(&rune.command())?;
+    // To the save helper, not to the transport, which may stay.
+    guest.lock.pass_on().context("passing on the domain's lock")?;
     // After the transport, which must not inherit the writing end.
     let bar = Progress::of_sender() == Progress::Bar;
     let (events, writer) = pipe.open(screen.clone(), bar)?;
@@ -154,6 +160,9 @@ fn find_guest(host: &dyn Lifecycle, args: &MigrateArgs) -> anyhow::Result<Guest>
         anyhow::anyhow!("{} is an invalid domain identifier (rc={})", args.domain, error.rc)
     })?;
     let name = host.name(domid)?;
+    // Before looking how it is: a guard may be about to change that.
+    let lock = Lock::of_domain(domid, &name)?;
+    let name = host.name(domid)?;
     match host.state(domid)? {
         DomainState::Alive => {}
         DomainState::Suspended => bail!(
@@ -169,7 +178,7 @@ fn find_guest(host: &dyn Lifecycle, args: &MigrateArgs) -> anyhow::Result<Guest>
     };
     config.set_domid(args.preserve_domid.then_some(domid));
     let header = Header::new(&config.to_json())?;
-    Ok(Guest { domid, name, header })
+    Ok(Guest { domid, name, header, lock })
 }
 
 /// How the receiver is reached, with the options that `xl` passes on.

@@ -14,6 +14,7 @@ use rxl_toolstack::lifecycle::{Lifecycle, LifecycleError};
 use crate::channel::Channel;
 use crate::gate::Gate;
 use crate::guard::{Guard, Side};
+use crate::lock::Lock;
 use crate::monitor;
 use crate::output::Screen;
 
@@ -30,6 +31,7 @@ pub(crate) struct Arrival<'a> {
     /// How to make what must outlive this process, or stand in for it.
     pub(crate) helpers: Helpers,
     guard: Guard,
+    lock: Option<Lock>,
     expected: Expected,
     copy: Option<DomId>,
 }
@@ -70,6 +72,7 @@ impl<'a> Arrival<'a> {
             print_config: false,
             helpers,
             guard: Guard::none(),
+            lock: None,
             expected: Expected::default(),
             copy: None,
         }
@@ -159,6 +162,13 @@ impl Arriving for Arrival<'_> {
         Ok(())
     }
 
+    fn claim_name(&mut self) -> anyhow::Result<()> {
+        if self.helpers.guard {
+            self.lock = Some(Lock::of_incoming(&self.expected.name)?);
+        }
+        Ok(())
+    }
+
     fn check_name(&mut self) -> anyhow::Result<()> {
         let incoming = self.incoming();
         anyhow::ensure!(
@@ -173,8 +183,8 @@ impl Arriving for Arrival<'_> {
     }
 
     fn start_guard(&mut self) {
-        if self.helpers.guard {
-            self.guard = Guard::start(Side::Target, &self.incoming(), None, self.screen);
+        if let Some(lock) = &self.lock {
+            self.guard = Guard::start(Side::Target, &self.incoming(), None, lock, self.screen);
         }
     }
 

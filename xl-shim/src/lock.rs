@@ -1,0 +1,132 @@
+//! At most one migration of a domain at a time on a host.
+//!
+//! A migration that was killed is not over when its process is: its guard still has to put things
+//! right, and its save helper to notice. A second one meanwhile would be hit by them: a guest that
+//! it has suspended would be let run on, and then run twice. So who migrates, or resumes by hand,
+//! holds a lock, which its guard and its helper inherit; it is free when the last of them ends,
+//! however that comes about.
+//!
+//! It is a socket that is bound to an abstract name: the kernel gives a name to one socket at a
+//! time and takes it back with the last descriptor, so nothing can be left behind.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::process::Stdio;
+
+use anyhow::{Context, bail};
+use rustix::io::{FdFlags, fcntl_setfd};
+use rxl_migrate::frame::DomId;
+
+/// Longest name of a lock; an abstract name may have 107 bytes.
+const NAME_BYTES_MAX: usize = 100;
+
+/// The lock, as long as it lives, and as long as a process lives that has inherited it.
+#[derive(Debug)]
+pub(crate) struct Lock(OwnedFd);
+
+impl Lock {
+    /// For the sender of `domain`, called `name`, or whoever else lets it run on.
+    pub(crate) fn of_domain(domain: DomId, name: &str) -> anyhow::Result<Lock> {
+        Lock::take(&format!("rxl/domain/{domain}"), name)
+    }
+
+    /// For the receiver of a domain called `name`. Very long names that begin alike have one lock.
+    pub(crate) fn of_incoming(name: &str) -> anyhow::Result<Lock> {
+        Lock::take(&format!("rxl/incoming/{name}"), name)
+    }
+
+    fn take(lock: &str, name: &str) -> anyhow::Result<Lock> {
+        let lock = lock.as_bytes();
+        let address = SocketAddr::from_abstract_name(lock.get(..NAME_BYTES_MAX).unwrap_or(lock));
+        match UnixDatagram::bind_addr(&address.context("naming the domain's lock")?) {
+            Ok(socket) => Ok(Lock(socket.into())),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
+                "another migration of {name} is under way here, or what guards one that was \
+                 killed is putting things right, which takes a minute at most"
+            ),
+            Err(error) => Err(error).context("taking the domain's lock"),
+        }
+    }
+
+    /// For a guard, which holds it then without knowing: its standard output, which it never uses.
+    pub(crate) fn for_guard(&self) -> io::Result<Stdio> {
+        Ok(Stdio::from(self.0.try_clone()?))
+    }
+
+    /// Lets all processes that are started from now on inherit it.
+    pub(crate) fn pass_on(&self) -> io::Result<()> {
+        Ok(fcntl_setfd(&self.0, FdFlags::empty())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+    use std::thread::sleep;
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    /// A lock that no other test has.
+    fn take(what: &str) -> anyhow::Result<Lock> {
+        Lock::take(&format!("rxl/test/{}/{what}", std::process::id()), "web")
+    }
+
+    /// Takes it once it is free: a process that another test starts may have it for a moment.
+    fn take_when_free(what: &str) -> Lock {
+        let limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            match take(what) {
+                Ok(lock) => return lock,
+                Err(error) => assert!(Instant::now() < limit, "{error}"),
+            }
+            sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// A process that waits for the end of its input.
+    fn start(stdout: Stdio) -> Child {
+        Command::new("cat").stdin(Stdio::piped()).stdout(stdout).spawn().unwrap()
+    }
+
+    fn end(mut child: Child) {
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_lock_is_free_when_its_owner_and_the_owners_guard_are_gone() {
+        let lock = take("guard").unwrap();
+        let text = take("guard").unwrap_err().to_string();
+        assert!(text.starts_with("another migration of web is under way"), "{text}");
+        take("other").unwrap();
+        let guard = start(lock.for_guard().unwrap());
+        drop(lock);
+        assert!(take("guard").is_err());
+        end(guard);
+        take_when_free("guard");
+    }
+
+    #[test]
+    fn a_lock_is_inherited_from_the_moment_on_that_it_is_passed_on() {
+        let lock = take("helper").unwrap();
+        let transport = start(Stdio::null());
+        lock.pass_on().unwrap();
+        let helper = start(Stdio::null());
+        drop(lock);
+        assert!(take("helper").is_err());
+        end(helper);
+        take_when_free("helper");
+        end(transport);
+    }
+
+    #[test]
+    fn the_longest_name_has_a_lock() {
+        let long = "x".repeat(1000);
+        let lock = take(&long).unwrap();
+        assert!(take(&long).is_err());
+        drop(lock);
+    }
+}
