@@ -51,14 +51,6 @@ pub enum Error {
     /// Somebody asked for the end.
     #[error("cancelled")]
     Aborted,
-    /// `VERIFY`: pages differ.
-    #[error("{bad} pages differ from what was sent before (first: pfn {first})")]
-    Verify {
-        /// How many.
-        bad: u64,
-        /// The lowest.
-        first: Pfn,
-    },
     /// A bug in rxl: a state machine was fed an event that cannot happen in its state.
     #[error("bug in rxl: {event} while {state}")]
     Machine {

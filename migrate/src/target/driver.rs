@@ -50,9 +50,9 @@ pub struct Outcome {
 /// nothing past its end.
 ///
 /// # Errors
-/// Anything that [`Error`] names but [`Error::NotSuspended`] and [`Error::Verify`]: pages that
-/// differ after a VERIFY record are logged, for a guest should not be lost to a debugging aid.
-/// After an error the domain is worthless.
+/// Anything that [`Error`] names but [`Error::NotSuspended`]. After an error the domain is
+/// worthless. Pages that differ after a VERIFY record are logged and are no error: a guest should
+/// not be lost to a debugging aid.
 pub fn restore<D, I, T>(
     domain: &D,
     input: &mut I,

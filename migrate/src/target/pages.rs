@@ -44,8 +44,9 @@ impl Verification {
     /// Says how many pages differed, if any did.
     pub(super) fn report<T: Toolstack>(&self, toolstack: &mut T) {
         if let Some(first) = self.first {
-            let error = Error::Verify { bad: self.bad, first };
-            toolstack.log(LogLevel::Error, &error.to_string());
+            let bad = self.bad;
+            let text = format!("{bad} pages differ from what was sent before (first: pfn {first})");
+            toolstack.log(LogLevel::Error, &text);
         }
     }
 }

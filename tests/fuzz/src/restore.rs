@@ -145,7 +145,7 @@ pub(crate) fn run(bytes: &[u8]) {
         Err(error) => {
             assert_told(&error);
             match error {
-                Error::Machine { .. } | Error::NotSuspended | Error::Verify { .. } => {
+                Error::Machine { .. } | Error::NotSuspended => {
                     panic!("{error}")
                 }
                 Error::Aborted => assert!(has(flag::ABORTED)),
