@@ -1,11 +1,18 @@
 //! Both ends of `xl`'s handshake, with whatever the peer says and whatever fails here. The rules
 //! that are asserted are those of `rxl_migrate::xl::handshake`: never two copies that run.
 
+use std::cell::RefCell;
+use std::io;
+
 use rxl_migrate::Error;
+use rxl_migrate::xl::channel::{
+    Cancellable, Direction, Ends, Heard, Ready, Said, Until, hear, say,
+};
 use rxl_migrate::xl::handshake::{
     Message, Receiver, ReceiverAction, ReceiverEnd, ReceiverEvent, Sender, SenderAction, SenderEnd,
     SenderEvent,
 };
+use rxl_migrate::xl::header::Header;
 
 use crate::assert_told;
 use crate::input::Input;
@@ -17,9 +24,69 @@ const EVENTS_MAX: usize = 64;
 
 pub(crate) fn run(bytes: &[u8]) {
     let mut input = Input::new(bytes);
-    match input.u8() % 3 {
+    match input.u8() % 4 {
         0 => sender(input),
+        3 => channel(input),
         paused => receiver(input, paused == 2),
+    }
+}
+
+/// Descriptors to a peer of which the input says what it does.
+struct Peer<'a>(RefCell<Input<'a>>);
+
+impl Ends for Peer<'_> {
+    fn wait(&self, _direction: Direction, until: Until) -> io::Result<Ready> {
+        match self.0.borrow_mut().u8() {
+            1 => Ok(Ready::Silence),
+            2 if until == Until::Cancelled => Ok(Ready::Cancelled),
+            3 => Err(io::ErrorKind::InvalidInput.into()),
+            _ => Ok(Ready::Now),
+        }
+    }
+
+    fn read(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut input = self.0.borrow_mut();
+        let count = match input.u8() {
+            255 => return Err(io::ErrorKind::Interrupted.into()),
+            254 => return Err(io::ErrorKind::ConnectionReset.into()),
+            count => usize::from(count).min(into.len()),
+        };
+        let bytes = input.bytes(count);
+        into.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        Ok(bytes.len())
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self.0.borrow_mut().u8() {
+            255 => Err(io::ErrorKind::WouldBlock.into()),
+            254 => Err(io::ErrorKind::BrokenPipe.into()),
+            count => Ok((16 * usize::from(count) + 1).min(bytes.len())),
+        }
+    }
+}
+
+/// Messages over descriptors: in pieces, late, broken off, or something else.
+fn channel(mut input: Input<'_>) {
+    let message = input.choice(&MESSAGES).unwrap_or(Message::Go);
+    let until = if input.u8() == 0 { Until::Cancelled } else { Until::TheEnd };
+    let peer = Peer(RefCell::new(input));
+    match hear(&peer, message, until, || ()) {
+        Heard::Bytes(bytes) => {
+            let text = message.text();
+            let whole = bytes.len() == message.wire_bytes() && bytes.starts_with(text);
+            let other = bytes.len() <= message.wire_bytes() && !text.starts_with(&bytes);
+            assert!(whole || other, "neither {message:?} nor something else");
+        }
+        Heard::Lost(error) => assert_told(&error),
+        Heard::Cancelled => assert_eq!(until, Until::Cancelled),
+    }
+    match say(&peer, &[0x5a; 5000], until) {
+        Said::Done => {}
+        Said::Failed(error) => assert_told(&error),
+        Said::Cancelled => assert_eq!(until, Until::Cancelled),
+    }
+    if let Err(error) = Header::read_from(&mut Cancellable(&peer)) {
+        assert_told(&error);
     }
 }
 
@@ -224,8 +291,10 @@ fn receiver(mut input: Input<'_>, paused: bool) {
 }
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
-    // Events, with the bytes that go with some of them; 5 after a 1 is what is waited for.
-    let sender: [&[u8]; 8] = [
+    // Events, with the bytes that go with some of them; 5 after a 1 is what is waited for. The
+    // first of each has one in every state that the state does not take.
+    let sender: [&[u8]; 9] = [
+        &[0, 0, 1, 5, 0, 2, 0, 1, 5, 0, 2, 0, 2, 0, 1, 3, 7, 0, 1, 4, 0, 2, 0, 2],
         &[0, 1, 5, 2, 1, 5, 2, 2, 1, 5, 2],
         &[0, 1, 5, 2, 1, 5, 2, 2, 1, 3, 7, 1, 4, 2, 2],
         &[0, 1, 5, 2, 1, 5, 2, 2, 1, 3, 7, 4],
@@ -235,7 +304,12 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         &[0, 1, 5, 5, 7],
         &[0, 1, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9],
     ];
-    let receiver: [&[u8]; 6] = [
+    let receiver: [&[u8]; 11] = [
+        &[0, 0, 2, 0, 2, 0, 2, 0, 1, 5, 0, 2, 0, 2, 0, 2],
+        &[0, 2, 2, 2, 1, 5, 2, 3, 9, 0, 2, 0, 2, 0, 2],
+        &[0, 2, 2, 3, 1, 2],
+        &[0, 2, 2, 5, 2],
+        &[0, 2, 5],
         &[0, 2, 2, 2, 1, 5, 2, 2, 2],
         &[0, 2, 2, 2, 1, 5, 2, 3, 9, 2, 2, 2],
         &[0, 2, 2, 2, 1, 5, 3, 0, 3, 1, 2],
@@ -246,5 +320,25 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     // Each ends with an event that no state takes.
     let of = |first: u8| move |events: &&[u8]| [&[first][..], events, &[0]].concat();
     let receivers = [1, 2].into_iter().flat_map(|first| receiver.iter().map(of(first)));
-    sender.iter().map(of(0)).chain(receivers.collect::<Vec<_>>()).collect()
+    let mut seeds: Vec<Vec<u8>> = sender.iter().map(of(0)).collect();
+    seeds.extend(receivers);
+    for (number, message) in (0..).zip(MESSAGES) {
+        let mut bytes = message.text().to_vec();
+        bytes.resize(message.wire_bytes(), 0);
+        let length = u8::try_from(bytes.len()).unwrap_or_default();
+        // All at once; in two pieces, late; too early an end; something else.
+        seeds.push([&[3, number, 0, 0, length], &bytes[..], &[0, 255, 1, 0, 9, 0, 0]].concat());
+        let (first, second) = bytes.split_at(10);
+        let second = [&[1, 0, 255, 0, length - 10], second].concat();
+        seeds.push([&[3, number, 1, 0, 10], first, &second].concat());
+        seeds.push([&[3, number, 0, 0, 10], first].concat());
+        seeds.push([3, number, 1, 0, 3, b'e', b'r', b'r', 0, 254].to_vec());
+    }
+    let header = Header::new("{}").map(|header| header.to_bytes()).unwrap_or_default();
+    // The peer is gone at first, then takes what is said, then sends a header.
+    let length = u8::try_from(header.len()).unwrap_or_default();
+    seeds.push(
+        [&[3, 0, 0, 0, 0, 0, 255, 0, 255, 0, 255, 1, 0, 48], &header[..], &[0, length]].concat(),
+    );
+    seeds
 }

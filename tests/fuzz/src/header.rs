@@ -19,7 +19,11 @@ pub(crate) fn run(bytes: &[u8]) {
     }
     // A configuration need not be in a header that can be read.
     let text = bytes.get(HEADER_BYTES + 4..).and_then(|text| std::str::from_utf8(text).ok());
-    text.into_iter().for_each(configure);
+    if let Some(text) = text {
+        configure(text);
+        let fits = !text.contains('\0') && text.len() < CONFIG_BYTES_MAX;
+        assert_eq!(Header::new(text).is_ok(), fits);
+    }
 }
 
 /// A header that was read from `consumed` bytes.
@@ -60,6 +64,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let configs = [
         "{}",
         r#"{"c_info":{}}"#,
+        r#"{"c_info":{},"a":[{"b":[1,1.5]}]}"#,
         r#"{"c_info":{"type":"pv","name":"web","domid":7,"uuid":"8b1f"},"on_reboot":"restart",
         "b_info":{"max_memkb":18446744073709551615,"sched_params":{"weight":256}}}"#,
     ];

@@ -1,10 +1,11 @@
 //! Which lines of the parsers the corpora reach.
 //!
 //! The program is built without optimisation and with a counter at every edge. libFuzzer runs a
-//! corpus as if to minimise it, and its control file says which counters each input moved
-//! (`COV`). The places of the counters are in the program (section `__sancov_pcs`), and its
-//! debugging information says which line each instruction belongs to. A line counts if there is
-//! code for it, and is reached if the counter before the start of a part of it has moved.
+//! corpus, and the seeds, as if to minimise them, and its control file says which counters each
+//! input moved (`COV`). The places of the counters are in the program (section `__sancov_pcs`), and
+//! its debugging information says which line each instruction belongs to. A line counts if there is
+//! code for it, and is reached if the counter before the start of a part of it has moved. A counter
+//! has 8 bits, so the body of a loop that is taken a multiple of 256 times looks as if it were not.
 //! Declarations of types are left out: what is derived for them is not the parsers'.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use object::{Object, ObjectSection};
 use rxl_fuzz::{TARGETS, Target};
 
-use super::{COUNT_EDGES, build_with, corpus, directory, libfuzzer, run_logged};
+use super::{COUNT_EDGES, build_with, corpus, directory, libfuzzer, run_logged, seeds};
 use crate::tally::note;
 use crate::unit::workspace;
 
@@ -24,7 +25,7 @@ use crate::unit::workspace;
 const PERCENT_MIN: usize = 95;
 
 /// The files that read what a peer, a file or a guest wrote.
-const PARSERS: [&str; 24] = [
+const PARSERS: [&str; 25] = [
     "bitmap.rs",
     "frame.rs",
     "helper/channel.rs",
@@ -44,6 +45,7 @@ const PARSERS: [&str; 24] = [
     "target/pv.rs",
     "target/vcpu.rs",
     "x86/pv.rs",
+    "xl/channel.rs",
     "xl/config.rs",
     "xl/handshake/mod.rs",
     "xl/handshake/receiver.rs",
@@ -82,7 +84,7 @@ pub(super) fn run() -> Result<()> {
     table(&files)
 }
 
-/// The counters that the corpus of `target` moves, as indices into their table.
+/// The counters that corpus and seeds of `target` move, as indices into their table.
 fn counters(program: &Path, target: &Target) -> Result<BTreeSet<usize>> {
     let directory = directory(&format!("{}/coverage", target.name))?;
     fs::remove_dir_all(&directory).context("Cannot empty a directory")?;
@@ -90,7 +92,7 @@ fn counters(program: &Path, target: &Target) -> Result<BTreeSet<usize>> {
     fs::create_dir_all(&fewest).context("Cannot make a directory")?;
     let mut command = libfuzzer(program, target);
     command.arg("-merge=1").arg(format!("-merge_control_file={}", control.display()));
-    command.args([fewest, corpus(target)]);
+    command.args([fewest, corpus(target), seeds(target)?]);
     run_logged(command, &directory.join("log"))?;
     let control = fs::read_to_string(control).context("Cannot read the control file")?;
     let lines = control.lines().filter_map(|line| line.strip_prefix("COV "));
