@@ -12,6 +12,7 @@ use super::channel::{Heard, Said, Until};
 use super::gate::Gate;
 use super::handshake::{Message, Sender, SenderAction, SenderEnd, SenderEvent};
 use crate::Result;
+use crate::report::Event;
 
 /// What the sender has to do it with: one domain on its way, the channel, the guard. Requests
 /// block; why one failed is the implementor's to keep for the user.
@@ -81,6 +82,18 @@ pub fn run<D: Departing>(side: &mut D) -> Result<SenderEnd> {
     }
 }
 
+/// Whether the guest, which was left running, may still follow a request to suspend that nobody
+/// waits for any more: then the guard has to stay and let it run on. `events` are the save
+/// helper's.
+pub fn may_suspend_yet<'a>(end: SenderEnd, events: impl IntoIterator<Item = &'a Event>) -> bool {
+    let pending = events.into_iter().fold(false, |pending, event| match event {
+        Event::SuspendAsked => true,
+        Event::Suspended => false,
+        _ => pending,
+    });
+    pending && matches!(end, SenderEnd::Kept(_))
+}
+
 /// After Go nothing is cancelled.
 fn until(message: Message) -> Until {
     match message {
@@ -116,4 +129,20 @@ fn send_go<D: Departing>(side: &mut D) -> SenderEvent<'static> {
 
 fn done(ok: bool) -> SenderEvent<'static> {
     if ok { SenderEvent::Done } else { SenderEvent::Failed }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::handshake::SenderCause;
+    use super::*;
+
+    #[test]
+    fn a_guest_may_suspend_late_if_it_was_asked_and_has_not_and_is_still_here() {
+        let kept = SenderEnd::Kept(SenderCause::Cancelled);
+        let asked = [Event::Dirty { pages: 3 }, Event::SuspendAsked];
+        assert!(may_suspend_yet(kept, &asked));
+        assert!(!may_suspend_yet(SenderEnd::Moved, &asked));
+        assert!(!may_suspend_yet(kept, &asked[..1]));
+        assert!(!may_suspend_yet(kept, &[Event::SuspendAsked, Event::Suspended]));
+    }
 }

@@ -8,6 +8,10 @@
 //!   under its own name and without log-dirty ([`keep`]);
 //! - at the target it destroys the copy that has the name of [`super::incoming_name`] ([`clear`]).
 //!
+//! The first it also does for an owner that has ended and left the guest running, where the guest
+//! may still follow a request to suspend
+//! ([`may_suspend_yet`](super::departure::may_suspend_yet)).
+//!
 //! It does neither once it has been told to stand down, which its owner does *before* it tries to
 //! write Go, and when it has received Go: from then on the other copy may run.
 //!

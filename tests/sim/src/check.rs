@@ -8,6 +8,7 @@
 use rxl_migrate::xl::handshake::{ReceiverEnd, SenderEnd};
 use rxl_migrate::xl::{away_name, incoming_name};
 
+use crate::facts::Facts;
 use crate::machine::NAME;
 use crate::plan::Request;
 use crate::world::{Ended, Role, SIDES, Side, World};
@@ -65,13 +66,14 @@ fn check_leftovers(world: &mut World, copies: &Copies, found: &mut Vec<String>) 
             found.push(format!("pages of the {side:?} are still mapped"));
         }
     }
+    let guarded = !world.facts.was_killed(Role::SourceGuard);
     let both = [Role::Sender, Role::SaveHelper].map(|role| world.facts.was_killed(role));
     // Only libxl, asked by the helper, can tell a device model to log no more.
     let device_model = world.plan.device_model && both != [false; 2];
     let guest = world.machine(Side::Source).guest().clone();
     let excused = world.facts.is_down(Side::Source)
         || world.plan.malicious == Some(Side::Source)
-        || both == [true; 2]
+        || both == [true; 2] && !guarded
         || device_model;
     if copies.source.is_some() && guest.is_logging() && !excused {
         found.push("log-dirty is still on".into());
@@ -90,6 +92,11 @@ fn check_leftovers(world: &mut World, copies: &Copies, found: &mut Vec<String>) 
             found.push("a half-built copy is left at the target".into());
         }
     }
+}
+
+/// A guest that suspends when nobody waits for it any more has a guard, unless that was killed.
+fn suspends_alone(facts: &Facts) -> bool {
+    facts.suspension_given_up && facts.was_killed(Role::SourceGuard)
 }
 
 /// What the sender says is so.
@@ -112,7 +119,7 @@ fn check_sender(world: &World, copies: &Copies, found: &mut Vec<String>) {
         }
         (SenderEnd::Kept(_), Some((name, runs, suspended))) => {
             let named = name == NAME || facts.has_failed(Side::Source, Request::Rename);
-            named && (*runs || *suspended && facts.suspension_given_up)
+            named && (*runs || *suspended && suspends_alone(facts))
         }
         // Where the host could not say how the guest is, it may have been running all the time.
         (SenderEnd::NotResumed(_), Some(_)) => {
@@ -187,7 +194,7 @@ fn check_life(world: &World, copies: &Copies, found: &mut Vec<String>) {
     let known = facts.any_down()
         || facts.go_tried
         || guard_gone
-        || facts.suspension_given_up
+        || suspends_alone(facts)
         || facts.has_failed(Side::Source, Request::Resume);
     if !known {
         found.push("no copy runs, and there is no reason why".into());

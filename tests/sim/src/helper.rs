@@ -8,11 +8,12 @@ use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::error::Error;
 use rxl_migrate::fake::{FakeDomain, FakePages};
 use rxl_migrate::frame::{DomId, PageBuf, PageType, Pfn};
-use rxl_migrate::helper::{Callbacks, HelperChannel};
+use rxl_migrate::helper::{Callbacks, EventSink, HelperChannel};
 use rxl_migrate::hypervisor::{
     Access, CpuPolicy, Domain, DomainInfo, ForeignPages, HvResult, PagePiece, PageSlot,
     PolicyError, SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
 };
+use rxl_migrate::report::Event;
 use rxl_migrate::{source, target};
 
 use crate::machine::WIRING;
@@ -41,9 +42,7 @@ pub(crate) fn save(
     let mut channel =
         HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated);
     let reorder = (plant == Some(Plant::PassesOverlap)).then(Reorder::default);
-    if let Some(reorder) = &reorder {
-        channel = channel.with_events(reorder.watch());
-    }
+    channel = channel.with_events(event_sink(process, reorder.as_ref()));
     let mut out = Out { process, stream, reorder };
     let options = source::Options { live: true, verify };
     let saved = source::save(&Stepped { process, domain, plant }, &mut out, &mut channel, &options);
@@ -51,6 +50,20 @@ pub(crate) fn save(
         process.world().trace.say(|| format!("the save fails: {error}"));
     }
     let _ = channel.complete(if saved.is_ok() { 0 } else { -1 }, errno_of(saved.err().as_ref()));
+}
+
+/// What rxl's process hears of the engine.
+fn event_sink(process: &Process<'_>, reorder: Option<&Reorder>) -> EventSink {
+    let events = process.world().events.clone();
+    let mut watch = reorder.map(Reorder::watch);
+    Box::new(move |event| {
+        if let Some(watch) = &mut watch {
+            watch(event);
+        }
+        if matches!(event, Event::SuspendAsked | Event::Suspended) {
+            events.borrow_mut().push(event.clone());
+        }
+    })
 }
 
 /// `--restore-domain`.

@@ -307,10 +307,10 @@ impl Plan {
             }
             86..=88 => self.short_of_memory = true,
             89..=91 => {
-                self.acknowledges = dice.0.one_in(2);
-                self.suspension = match dice.within(0, 1) {
+                self.acknowledges = !dice.0.one_in(3);
+                self.suspension = match dice.within(0, 2) {
                     0 => Suspension::Never,
-                    _ => Suspension::After(dice.within(50_000, 70_000)),
+                    _ => Suspension::After(dice.within(58_000, 64_000)),
                 };
             }
             _ => self.malicious = Some(dice.one_of(&[Side::Source, Side::Target])),

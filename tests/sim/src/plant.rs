@@ -16,6 +16,8 @@ pub enum Plant {
     GuardStandsDownLate,
     /// The source's guard acts although it was told to stand down.
     GuardIsDeaf,
+    /// The sender's guard goes with it although the guest may still suspend.
+    GuardLeavesEarly,
     /// The sender takes a report of failure for one of success.
     ReportIgnored,
     /// The receiver lets its copy run as soon as it has it.
@@ -37,10 +39,11 @@ pub enum Plant {
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 12] = [
+pub const PLANTS: [Plant; 13] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
+    Plant::GuardLeavesEarly,
     Plant::ReportIgnored,
     Plant::ReceiverUnpausesBeforeGo,
     Plant::FailedRestoreIgnored,

@@ -212,6 +212,7 @@ pub(crate) fn migrate(
     let guard = Guard::start(process, Role::SourceGuard, move |p| keep(p, id));
     process.step();
     let (input, output, transport) = start_transport(process, far);
+    process.world().events = Rc::default();
     let plant = process.world().plan.plant;
     let channel = Channel { process, input, output };
     let gate_of_mine = gate.clone();
@@ -240,8 +241,13 @@ pub(crate) fn migrate(
         process.world().kill(transport);
         process.wait([Cond::Ended(transport), Cond::Never, Cond::Never, Cond::Never]);
     }
-    if let Some(guard) = departure.guard.take() {
-        guard.finish(process);
+    let events = process.world().events.clone();
+    let late = end.is_ok_and(|end| departure::may_suspend_yet(end, &*events.borrow()))
+        && plant != Some(Plant::GuardLeavesEarly);
+    match departure.guard.take() {
+        Some(guard) if late => guard.abandon(process),
+        Some(guard) => guard.finish(process),
+        None => {}
     }
 }
 

@@ -14,6 +14,7 @@ use std::rc::Rc;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult};
 use rxl_migrate::fake::Rng;
+use rxl_migrate::report::Event;
 use rxl_migrate::xl::Gate;
 
 use crate::facts::Facts;
@@ -151,6 +152,8 @@ pub(crate) struct World {
     kills: Vec<ProcId>,
     /// Number of the last request to suspend; those before it are void.
     pub(crate) suspend_request: u64,
+    /// What the save helper of the last migration has reported.
+    pub(crate) events: Rc<RefCell<Vec<Event>>>,
     /// Who holds the guest's lock on each host.
     locks: [Vec<ProcId>; 2],
     /// The two directions of the link.
@@ -172,6 +175,7 @@ impl World {
             spawned: Vec::new(),
             kills: Vec::new(),
             suspend_request: 0,
+            events: Rc::default(),
             locks: [Vec::new(), Vec::new()],
             link: [None; 2],
         }

@@ -1,7 +1,7 @@
-//! That the simulator is what it claims: a seed is always the same run, and the checkers find
-//! what they are there to find. The runs themselves are `tests/run sim`.
+//! That a seed is always the same run. The runs themselves, and that the checkers find what is
+//! planted for them, are `tests/run sim`, which builds the simulator to be quick.
 
-use rxl_sim::{PLANTS, run};
+use rxl_sim::run;
 
 #[test]
 fn a_seed_gives_the_same_run_each_time() {
@@ -14,12 +14,4 @@ fn a_seed_gives_the_same_run_each_time() {
     let digests: std::collections::BTreeSet<u64> =
         (0..30).map(|seed| run(seed, None, false).digest).collect();
     assert_eq!(digests.len(), 30, "seeds that give the same run");
-}
-
-#[test]
-fn every_planted_mistake_is_found() {
-    for plant in PLANTS {
-        let found = (0..10_000).find(|seed| !run(*seed, Some(plant), false).violations.is_empty());
-        assert!(found.is_some(), "{plant:?}");
-    }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::report::{Event, Stamped};
 use rxl_migrate::xl::config::DomainConfig;
+use rxl_migrate::xl::departure;
 use rxl_migrate::xl::handshake::SenderEnd;
 use rxl_migrate::xl::header::Header;
 use rxl_toolstack::libxl::Libxl;
@@ -119,11 +120,18 @@ fn depart(
         details: Vec::new(),
     };
     let end = departure.run();
-    let Departure { save_error, details, channel, events: writer, .. } = departure;
+    let Departure { save_error, details, channel, events: writer, mut guard, .. } = departure;
     drop((channel, writer));
     let status = transport.finish(!gate.is_cancelled());
     let events = events.finish();
     let end = end?;
+    if departure::may_suspend_yet(end, events.iter().map(|stamped| &stamped.event)) {
+        screen.line(&format!(
+            "rxl: {name} was asked to suspend and may follow yet; for a minute a guard watches, \
+             and lets it run on"
+        ));
+        guard.abandon();
+    }
     let mut all: Vec<String> = why_not_saved(&events, save_error).into_iter().collect();
     all.extend(details);
     if Outcome::from(end) != Outcome::Moved {
