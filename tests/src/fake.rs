@@ -2,52 +2,128 @@
 //! compared page by page. No lab, no Xen, native speed.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rxl_fake_xen::{Activity, GuestKind, Migration, Planted, Program, Programs, Rig};
+use rxl_fake_xen::{Activity, GuestKind, Migration, Planted, Program, Programs, Rig, Size};
 
 use crate::stock::{self, Format};
 use crate::tally::{Tally, note};
 use crate::unit;
 
 /// Who saves, who restores.
-const PAIRS: [(Program, Program); 4] = [
+type Pair = (Program, Program);
+
+const PAIRS: [Pair; 4] = [
     (Program::Stock, Program::Stock),
     (Program::Stock, Program::Rxl),
     (Program::Rxl, Program::Stock),
     (Program::Rxl, Program::Rxl),
 ];
+/// A guest with room to grow to 16 GiB.
+const LARGE_SIZE: Size = Size { pages: 4 << 20, memory: 64 << 10 };
+const LARGE: [(Pair, GuestKind, Activity); 4] = [
+    ((Program::Stock, Program::Rxl), GuestKind::PvLinear, Activity::Stopped),
+    ((Program::Rxl, Program::Stock), GuestKind::PvTree, Activity::Writing),
+    ((Program::Stock, Program::Rxl), GuestKind::Pvh, Activity::Stopped),
+    ((Program::Rxl, Program::Stock), GuestKind::Pvh, Activity::Writing),
+];
 const GUESTS: [GuestKind; 3] = [GuestKind::PvLinear, GuestKind::PvTree, GuestKind::Pvh];
 const ACTIVITIES: [Activity; 3] = [Activity::Stopped, Activity::Writing, Activity::Ballooning];
+/// Cells of the matrix.
+const CELLS: u64 = (PAIRS.len() * GUESTS.len() * ACTIVITIES.len()) as u64;
+/// For so many migrations there is one run in which something goes wrong.
+const TROUBLED_SHARE: u64 = 3;
+/// What a slow call takes at least.
+const CALL_DELAY: Duration = Duration::from_millis(1);
 /// Differences that are shown of a copy that differs.
 const SHOWN_MAX: usize = 5;
 
-/// Runs `runs` migrations, each with a seed of its own from `seed` on, which also says which cell
-/// of the matrix it is. The first of each cell has its stream judged by stock's verifier.
+/// The matrix, then what is done once: planted faults, slow calls, large guests; then trouble.
+/// `runs` migrations of the matrix have seeds from `seed` on.
 pub fn run(tally: &mut Tally, runs: u64, seed: u64) {
     let Some(rig) = tally.case("the programs are built", build) else { return };
+    matrix(tally, &rig, runs, seed);
+    planted(tally, &rig, seed);
+    for (pair, guest, activity) in LARGE {
+        moves(tally, &rig, &Migration { size: LARGE_SIZE, ..case(pair, guest, activity, seed) });
+    }
+    troubled(tally, &rig, runs / TROUBLED_SHARE, seed);
+}
+
+/// Every cell of the matrix once, planted faults, and a little trouble: within a minute.
+pub fn run_short(tally: &mut Tally) {
+    let Some(rig) = tally.case("the programs are built", build) else { return };
+    matrix(tally, &rig, CELLS, 0);
+    planted(tally, &rig, 0);
+    troubled(tally, &rig, CELLS / TROUBLED_SHARE, 0);
+}
+
+/// A seed also says which cell of the matrix it is. The first of each cell has its stream judged
+/// by stock's verifier.
+fn matrix(tally: &mut Tally, rig: &Rig, runs: u64, seed: u64) {
     let cells: Vec<_> = PAIRS
         .into_iter()
         .flat_map(|pair| GUESTS.map(|guest| (pair, guest)))
         .flat_map(|(pair, guest)| ACTIVITIES.map(|activity| (pair, guest, activity)))
         .collect();
     for (run, seed) in (0..runs).zip(seed..) {
-        let index = usize::try_from(seed % cells.len() as u64).unwrap_or(0);
-        let Some(((from, to), guest, activity)) = cells.get(index).copied() else { continue };
-        let migration = Migration { from, to, guest, activity, seed };
-        let judge = run < cells.len() as u64;
-        let name = format!("{from} to {to}, {guest}, {activity}, seed {seed}");
-        tally.case(&name, || migrate(&rig, &migration, judge));
+        let index = usize::try_from(seed % CELLS).unwrap_or(0);
+        let Some((pair, guest, activity)) = cells.get(index).copied() else { continue };
+        let migration = case(pair, guest, activity, seed);
+        tally.case(&name(&migration), || migrate(rig, &migration, run < CELLS));
     }
-    let plants = Planted::ALL.into_iter().flat_map(|planted| PAIRS.map(|pair| (planted, pair)));
-    for (planted, (from, to)) in plants {
-        let name = format!("planted: {planted} ({from} to {to}): the comparison finds it");
-        let (guest, activity) = (GuestKind::Pvh, Activity::Writing);
-        let migration = Migration { from, to, guest, activity, seed };
-        tally.case(&name, || {
-            let differences = rig.migrate_with(planted, &migration)?;
-            note(format!("{} differences", differences.len()));
-            ensure!(!differences.is_empty(), "the comparison finds nothing");
+}
+
+/// Faults that the comparison has to find; and calls that take long.
+fn planted(tally: &mut Tally, rig: &Rig, seed: u64) {
+    for pair in PAIRS.into_iter().filter(|(from, to)| from != to) {
+        let migration = case(pair, GuestKind::Pvh, Activity::Writing, seed);
+        for planted in Planted::ALL {
+            let (from, to) = pair;
+            let name = format!("planted: {planted} ({from} to {to}): the comparison finds it");
+            tally.case(&name, || {
+                let differences = rig.migrate_with(planted, &migration)?;
+                note(format!("{} differences", differences.len()));
+                ensure!(!differences.is_empty(), "the comparison finds nothing");
+                Ok(())
+            });
+        }
+        let slow = case(pair, GuestKind::PvTree, Activity::Writing, seed);
+        moves(tally, rig, &Migration { call_delay: CALL_DELAY, ..slow });
+    }
+}
+
+fn case(pair: Pair, guest: GuestKind, activity: Activity, seed: u64) -> Migration {
+    Migration::new(pair, guest, activity, seed)
+}
+
+/// One migration that has to succeed.
+fn moves(tally: &mut Tally, rig: &Rig, migration: &Migration) {
+    tally.case(&name(migration), || migrate(rig, migration, false));
+}
+
+fn name(migration: &Migration) -> String {
+    let Migration { from, to, guest, activity, size, call_delay, seed } = migration;
+    let size = match size {
+        &Size::SMALL => String::new(),
+        Size { pages, memory } => format!(", {} of {} MiB", memory / 256, pages / 256),
+    };
+    let slow = if call_delay.is_zero() { "" } else { ", slow calls" };
+    format!("{from} to {to}, {guest}{size}, {activity}{slow}, seed {seed}")
+}
+
+/// Runs `runs` saves and restores in which something goes wrong, with seeds from `seed` on.
+fn troubled(tally: &mut Tally, rig: &Rig, runs: u64, seed: u64) {
+    for (_, seed) in (0..runs).zip(seed..) {
+        let program = if seed.is_multiple_of(2) { Program::Stock } else { Program::Rxl };
+        let saves = seed / 2 % 2 == 0;
+        let end = if saves { "saving" } else { "restoring" };
+        tally.case(&format!("trouble while {program} is {end}, seed {seed}"), || {
+            note(match saves {
+                true => rig.trouble_save(program, seed)?,
+                false => rig.trouble_restore(program, seed)?,
+            });
             Ok(())
         });
     }

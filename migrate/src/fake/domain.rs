@@ -1,142 +1,20 @@
-//! The host as tests handle it, and the traits of [`crate::hypervisor`] on one of its domains.
+//! One domain of a host as tests handle it, and the traits of [`crate::hypervisor`] on it.
 
-use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::guest_hvm::HvmGuest;
+use super::guest_pv::PvGuest;
+use super::host::Host;
 use super::pages::FakePages;
-use super::xen::{Dom, E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Guest, Xen};
+use super::xen::{E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Guest, Xen};
 use crate::bitmap::PageBitmap;
-use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageType, Pfn, WORDS_PER_PAGE};
+use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageBuf, PageType, Pfn, WORDS_PER_PAGE};
 use crate::hypervisor::{
     Access, BATCH_PAGES_MAX, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
     SHUTDOWN_SUSPEND, SourceDomain, TargetDomain, TscInfo, VcpuState,
 };
 use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, get_u64, put, shared_info};
-
-/// A machine with Xen. Clones are the same machine.
-#[derive(Clone)]
-pub struct Host(Arc<Mutex<Xen>>);
-
-impl std::fmt::Debug for Host {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Host(..)")
-    }
-}
-
-/// A machine to make.
-#[derive(Debug)]
-pub struct HostSpec {
-    /// Page frames.
-    pub frames: u64,
-    /// Determines in what order frames are handed out.
-    pub seed: u64,
-    /// An empty file that is to hold the frames (frame n is page n), for other processes to map.
-    pub file: Option<File>,
-    /// As after a boot: frames are handed out in order, and are zero where nobody had them
-    /// before. Otherwise they are in no order and hold rubbish.
-    pub fresh: bool,
-}
-
-impl HostSpec {
-    /// Makes the machine, without domains.
-    #[must_use]
-    pub fn build(self) -> Host {
-        Host(Arc::new(Mutex::new(Xen::new(self))))
-    }
-}
-
-impl Host {
-    /// A machine of `frames` page frames and without domains. `seed` determines in what order
-    /// frames are handed out.
-    #[must_use]
-    pub fn new(frames: u64, seed: u64) -> Host {
-        HostSpec { frames, seed, file: None, fresh: false }.build()
-    }
-
-    /// The domain of that number.
-    #[must_use]
-    pub fn domain(&self, id: DomId) -> Option<FakeDomain> {
-        let exists = self.lock().domains.contains_key(&id.0);
-        exists.then(|| FakeDomain::new(self, id))
-    }
-
-    /// An empty, paused domain for `pages` pages of memory and vCPUs `0..vcpus`.
-    #[must_use]
-    pub fn create(&self, hvm: bool, pages: u64, vcpus: u32) -> FakeDomain {
-        let vcpus = vec![None; vcpus as usize];
-        let domain = Dom { hvm, max_pages: pages, vcpus, ..Dom::default() };
-        let id = self.lock().create(domain);
-        FakeDomain::new(self, DomId(id))
-    }
-
-    /// Lets guests do something at every `accesses`-th call or access to their memory (0: never).
-    pub fn run_guests(&self, accesses: u64) {
-        self.lock().guests_run_every = accesses;
-    }
-
-    /// Lets guests do something now.
-    pub fn let_guests_run(&self) {
-        self.lock().run_guests();
-    }
-
-    /// Whether guests that run give memory back and take some (they do at first).
-    pub fn let_guests_balloon(&self, on: bool) {
-        self.lock().guests_balloon = on;
-    }
-
-    /// Page frames, and pages of the machine-to-physical table, which are behind them in the
-    /// file of [`HostSpec::file`].
-    #[must_use]
-    pub fn size(&self) -> (u64, u64) {
-        let xen = self.lock();
-        (xen.memory.m2p_start(), xen.memory.m2p_pages())
-    }
-
-    /// A planted fault: a reading of the dirty bits, after `succeed` more, clears them and says
-    /// that nothing was dirty.
-    pub fn forget_clean(&self, succeed: u64) {
-        self.lock().forgotten_clean = Some(succeed);
-    }
-
-    /// Lets the call of `op` after `succeed` more fail with `errno`, and that one only. `op` is
-    /// the name of a method of one of the traits, or `map_page`, which is each page of a `map`.
-    pub fn fail(&self, op: &'static str, succeed: u64, errno: i32) {
-        self.lock().faults.push((op, succeed, errno));
-    }
-
-    /// Takes back every [`Host::fail`] that has not come true.
-    pub fn heal(&self) {
-        self.lock().faults.clear();
-    }
-
-    /// Extents of 2 MiB are not to be had.
-    pub fn fragment(&self) {
-        self.lock().fragmented = true;
-    }
-
-    /// CPU policies are refused for this leaf.
-    pub fn refuse_leaf(&self, leaf: u32) {
-        self.lock().refused_leaf = Some(leaf);
-    }
-
-    /// Methods called so far, with the domains that they were called for.
-    #[must_use]
-    pub fn calls(&self) -> Vec<(DomId, &'static str)> {
-        self.lock().calls.iter().map(|(id, op)| (DomId(*id), *op)).collect()
-    }
-
-    /// Pages that are mapped into the toolstack now.
-    #[must_use]
-    pub fn mapped_pages(&self) -> u64 {
-        self.lock().mappings
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, Xen> {
-        // A test that failed while it held the lock is not to hide its reason.
-        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
 
 /// Parts of a [`VcpuState`] that have a hypercall of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +54,26 @@ impl FakeDomain {
             }
         });
         xen.dom(self.id.0).shutdown = Some(SHUTDOWN_SUSPEND);
+    }
+
+    /// Fills the guest's ordinary pages: `content` is called for each with its number, and gives
+    /// what is to be in it, or nothing if it is to stay as it is. Log-dirty does not see it.
+    pub fn fill(&self, mut content: impl FnMut(u64) -> Option<Box<PageBuf>>) {
+        let mut xen = self.host.lock();
+        xen.with_guest(self.id.0, |xen, guest| {
+            let (Guest::Pv(PvGuest { data, .. }) | Guest::Hvm(HvmGuest { data, .. })) = guest;
+            let mut pages = data.clone();
+            pages.sort_unstable();
+            for pfn in pages {
+                let mfn = match guest {
+                    Guest::Pv(guest) => Some(guest.mfn(pfn)),
+                    Guest::Hvm(_) => xen.dom(self.id.0).physmap.get(pfn),
+                };
+                if let (Some(mfn), Some(page)) = (mfn, content(pfn)) {
+                    xen.memory.set_page(mfn, &page);
+                }
+            }
+        });
     }
 
     /// The device model reports what it writes, or no longer does.
@@ -234,6 +132,19 @@ impl FakeDomain {
         if let Some(Some(state)) = xen.dom(self.id.0).vcpus.get_mut(vcpu) {
             put(&mut state.basic, offset, &word.to_le_bytes());
         }
+    }
+
+    /// A digest of all that is in its memory, where, and of which types.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let mut xen = self.host.lock();
+        let mut hasher = DefaultHasher::new();
+        xen.dom(self.id.0).physmap.iter().for_each(|pair| pair.hash(&mut hasher));
+        for mfn in (0..xen.frames.len() as u64).filter(|mfn| xen.is_owned(self.id.0, *mfn)) {
+            (mfn, xen.page_type(self.id.0, mfn)).hash(&mut hasher);
+            hasher.write(&xen.memory.page(mfn).0);
+        }
+        hasher.finish()
     }
 
     /// The machine frame that `pfn` was populated with.

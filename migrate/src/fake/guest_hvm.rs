@@ -1,6 +1,7 @@
 //! An HVM guest: memory with holes, parameters, a context; and what it does while it runs.
 
-use super::domain::{FakeDomain, Host};
+use super::domain::FakeDomain;
+use super::host::Host;
 use super::policy::cpu_policy;
 use super::rng::Rng;
 use super::xen::{Dom, Guest, Xen};
@@ -28,7 +29,7 @@ pub(super) struct HvmGuest {
     id: u16,
     rng: Rng,
     /// gfns with memory that it, or its device model, writes to.
-    data: Vec<u64>,
+    pub(super) data: Vec<u64>,
     holes: Vec<u64>,
     /// A gfn that Xen writes to.
     written_by_xen: u64,
@@ -42,19 +43,24 @@ impl HvmSpec {
     /// Makes the guest on `host`. It runs, as far as [`Host::run_guests`] says.
     #[must_use]
     pub fn build(&self, host: &Host) -> FakeDomain {
+        self.build_ballooned(host, self.pages)
+    }
+
+    /// The same with all ordinary memory from gfn `memory` on given back, as of a guest that may
+    /// grow.
+    #[must_use]
+    pub fn build_ballooned(&self, host: &Host, memory: u64) -> FakeDomain {
         let mut xen = host.lock();
         let mut rng = Rng::new(self.seed);
         let special = self.pages + GAP;
         let max_pages = self.pages + 16;
         let id = xen.create(Dom { hvm: true, max_pages, ..Dom::default() });
-        let mut data: Vec<u64> = (0..self.pages).filter(|gfn| !VGA.contains(gfn)).collect();
+        let mut data: Vec<u64> = (0..memory).filter(|gfn| !VGA.contains(gfn)).collect();
         for gfn in data.iter().copied().chain(special..special + 8) {
             populate(&mut xen, id, gfn);
             let mfn = frame(&mut xen, id, gfn);
-            xen.memory.fill(mfn, 0);
-            if !rng.one_in(3) {
-                xen.set_word(mfn, rng.index(512), rng.next());
-            }
+            let word = (!rng.one_in(3)).then(|| (rng.index(512), rng.next()));
+            xen.fill_first(mfn, word);
         }
         // A page of Xen's own, and one that the hardware lost.
         let shared = xen.dom(id).shared_info;

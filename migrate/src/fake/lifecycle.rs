@@ -1,6 +1,7 @@
 //! What a toolstack does to a domain as a whole, and what can be seen of it from outside.
 
-use super::domain::{FakeDomain, Host};
+use super::domain::FakeDomain;
+use super::host::Host;
 use super::xen::{Guest, PRESENT, RW, Xen};
 use crate::frame::{DomId, PAGE_SHIFT};
 use crate::hypervisor::SHUTDOWN_SUSPEND;

@@ -29,6 +29,7 @@ mod compare;
 mod domain;
 mod guest_hvm;
 mod guest_pv;
+mod host;
 mod lifecycle;
 mod memory;
 mod pages;
@@ -44,8 +45,9 @@ mod toolstack;
 mod xen;
 
 pub use compare::compare;
-pub use domain::{FakeDomain, Host, HostSpec, VcpuPart};
+pub use domain::{FakeDomain, VcpuPart};
 pub use guest_hvm::HvmSpec;
+pub use host::{Host, HostSpec};
 pub use pages::FakePages;
 pub use pv_build::{Kind as P2mKind, PvSpec};
 pub use rng::Rng;

@@ -1,6 +1,6 @@
 //! Guest memory mapped into the toolstack.
 
-use super::domain::Host;
+use super::host::Host;
 use super::xen::Xen;
 use crate::frame::{Mfn, PageBuf, WORDS_PER_PAGE};
 use crate::hypervisor::{Access, ForeignPages};

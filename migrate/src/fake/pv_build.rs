@@ -7,8 +7,9 @@
 
 use std::collections::BTreeSet;
 
-use super::domain::{FakeDomain, Host};
+use super::domain::FakeDomain;
 use super::guest_pv::{Process, PvGuest};
+use super::host::Host;
 use super::policy::cpu_policy;
 use super::rng::Rng;
 use super::xen::{Dom, Guest, PRESENT, RW, USER, Xen};
@@ -28,7 +29,7 @@ pub enum Kind {
 /// A PV guest to make.
 #[derive(Clone, Copy, Debug)]
 pub struct PvSpec {
-    /// pfns, holes included; a few hundred at least, and below 2^18.
+    /// pfns, holes included; a few hundred at least, and at most 2^26.
     pub pages: u64,
     /// One pfn in so many has no memory.
     pub one_hole_in: u64,
@@ -52,16 +53,22 @@ const FIXMAP_SLOT: usize = 511;
 const P2M_VADDR: u64 = 0xffff_0000_0000_0000 | (P2M_SLOT as u64) << 39;
 /// pfns that a mid-level frame of the p2m covers.
 const PFNS_PER_MID: u64 = 512 * 512;
-/// Mid-level frames that a p2m with a long tail claims.
-const TAIL_MIDS: u64 = 3;
+/// Mid-level frames that a p2m with a long tail claims and does not need.
+const TAIL_MIDS: u64 = 2;
 
 impl PvSpec {
     /// Makes the guest on `host`. It runs, as far as [`Host::run_guests`] says.
     #[must_use]
     pub fn build(&self, host: &Host) -> FakeDomain {
+        self.build_ballooned(host, self.pages)
+    }
+
+    /// The same with all memory from pfn `memory` on given back, as of a guest that may grow.
+    #[must_use]
+    pub fn build_ballooned(&self, host: &Host, memory: u64) -> FakeDomain {
         let mut xen = host.lock();
         let id = xen.create(Dom { max_pages: self.pages, ..Dom::default() });
-        let mut builder = Builder::new(&mut xen, id, self);
+        let mut builder = Builder::new(&mut xen, id, self, memory);
         let guest = builder.build();
         let domain = xen.dom(id);
         domain.paused = false;
@@ -85,19 +92,18 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(xen: &'a mut Xen, id: u16, spec: &'a PvSpec) -> Builder<'a> {
+    fn new(xen: &'a mut Xen, id: u16, spec: &'a PvSpec, memory: u64) -> Builder<'a> {
         let mut rng = Rng::new(spec.seed);
         let (mut p2m, mut holes, mut spare) = (Vec::new(), Vec::new(), Vec::new());
         for pfn in 0..spec.pages {
-            if rng.one_in(spec.one_hole_in) {
+            if pfn >= memory || rng.one_in(spec.one_hole_in) {
                 p2m.push(INVALID_FRAME);
                 holes.push(pfn);
                 continue;
             }
             let mfn = xen.allocate(id).expect("memory for the guest");
             xen.memory.set_m2p(mfn, pfn);
-            xen.memory.fill(mfn, 0);
-            xen.set_word(mfn, rng.index(512), rng.next());
+            xen.fill_first(mfn, Some((rng.index(512), rng.next())));
             p2m.push(mfn);
             spare.push(pfn);
         }
@@ -199,10 +205,13 @@ impl<'a> Builder<'a> {
 
     /// Hangs level 1 tables below a new level 3 table, whose entry comes back.
     fn hang(&mut self, leaves: &[u64]) -> u64 {
-        let (upper, lower) = (self.take_table(), self.take_table());
-        self.set(upper, 0, self.pte(lower, RW | USER));
-        for (slot, leaf) in leaves.iter().enumerate() {
-            self.set(lower, slot, self.pte(*leaf, RW | USER));
+        let upper = self.take_table();
+        for (upper_slot, leaves) in leaves.chunks(512).enumerate() {
+            let lower = self.take_table();
+            self.set(upper, upper_slot, self.pte(lower, RW | USER));
+            for (slot, leaf) in leaves.iter().enumerate() {
+                self.set(lower, slot, self.pte(*leaf, RW | USER));
+            }
         }
         self.pte(upper, RW | USER)
     }
@@ -239,34 +248,40 @@ impl<'a> Builder<'a> {
         let missing = self.take();
         let mfn = self.mfn(missing);
         (0..512).for_each(|slot| self.xen.set_word(mfn, slot, INVALID_FRAME));
-        let max = if self.spec.long_tail { TAIL_MIDS * PFNS_PER_MID } else { self.spec.pages };
+        let own_mids = self.spec.pages.div_ceil(PFNS_PER_MID);
+        let max = match self.spec.long_tail {
+            true => (own_mids + TAIL_MIDS) * PFNS_PER_MID,
+            false => self.spec.pages,
+        };
         let mids = max.div_ceil(PFNS_PER_MID) as usize;
         self.xen.set_word(shared, shared_info::MAX_PFN / 8, max);
-        let leaf = |slot: usize| leaves.get(slot).copied().unwrap_or(missing);
-        match self.spec.p2m {
-            Kind::Linear => {
-                let (first, rest) = (self.take_table(), self.take_table());
-                for slot in 0..512 {
-                    let flags = if slot < leaves.len() { RW } else { 0 };
-                    self.set(first, slot, self.pte(leaf(slot), flags));
-                    self.set(rest, slot, self.pte(missing, 0));
-                }
-                let tables: Vec<u64> =
-                    (0..mids).map(|mid| if mid == 0 { first } else { rest }).collect();
-                let entry = self.hang(&tables);
+        // What leads to 512 leaves of the p2m: a table, or a frame of the tree. One serves for
+        // all that the guest lacks.
+        let linear = self.spec.p2m == Kind::Linear;
+        let take = |builder: &mut Builder<'_>, leaves: &[u64]| {
+            let mid = if linear { builder.take_table() } else { builder.take() };
+            for slot in 0..512 {
+                let leaf = leaves.get(slot).copied().unwrap_or(missing);
+                let flags = if slot < leaves.len() { RW } else { 0 };
+                let entry = if linear { builder.pte(leaf, flags) } else { builder.mfn(leaf) };
+                builder.set(mid, slot, entry);
+            }
+            mid
+        };
+        let top = (!linear).then(|| self.take());
+        let mut frames: Vec<u64> = leaves.chunks(512).map(|chunk| take(self, chunk)).collect();
+        let rest = take(self, &[]);
+        frames.resize(mids, rest);
+        match top {
+            None => {
+                let entry = self.hang(&frames);
                 kernel.push((P2M_SLOT, entry));
                 self.xen.set_word(shared, shared_info::P2M_VADDR / 8, P2M_VADDR);
                 self.xen.set_word(shared, shared_info::P2M_GENERATION / 8, 1);
             }
-            Kind::Tree => {
-                let (top, first, rest) = (self.take(), self.take(), self.take());
-                for slot in 0..512 {
-                    self.xen.set_word(self.mfn(first), slot, self.mfn(leaf(slot)));
-                    self.xen.set_word(self.mfn(rest), slot, self.mfn(missing));
-                }
-                for mid in 0..mids {
-                    let frame = if mid == 0 { first } else { rest };
-                    self.xen.set_word(self.mfn(top), mid, self.mfn(frame));
+            Some(top) => {
+                for (slot, frame) in frames.into_iter().enumerate() {
+                    self.set(top, slot, self.mfn(frame));
                 }
                 let mfn = self.mfn(top);
                 self.xen.set_word(shared, shared_info::FRAME_LIST_LIST / 8, mfn);

@@ -8,9 +8,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::domain::HostSpec;
 use super::guest_hvm::HvmGuest;
 use super::guest_pv::PvGuest;
+use super::host::HostSpec;
 use super::memory::Memory;
 use super::physmap::PhysMap;
 use super::rng::Rng;
@@ -238,6 +238,15 @@ impl Xen {
             self.memory.fill(mfn, RUBBISH);
         }
         Ok(mfn)
+    }
+
+    /// Makes the first content of a page of a guest that is built: zeros, and a word somewhere. On
+    /// a machine that is fresh from a boot the guest has not touched it yet.
+    pub(super) fn fill_first(&mut self, mfn: u64, word: Option<(usize, u64)>) {
+        if !self.scrubbed_at_boot {
+            self.memory.fill(mfn, 0);
+            word.into_iter().for_each(|(slot, word)| self.set_word(mfn, slot, word));
+        }
     }
 
     /// The owner gives `mfn` back. It is free once nobody maps it any more.

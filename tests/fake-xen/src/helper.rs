@@ -73,6 +73,8 @@ impl Programs {
 pub struct Libxl {
     /// The guest does not follow the request to suspend.
     pub refuses_to_suspend: bool,
+    /// Take a fingerprint of the guest when it is suspended.
+    pub takes_fingerprint: bool,
 }
 
 /// How a helper ended.
@@ -92,6 +94,8 @@ pub struct Ended {
     pub took: Duration,
     /// From the request to suspend the guest to its end.
     pub suspended_for: Option<Duration>,
+    /// [`FakeDomain::fingerprint`] at suspension, if one was to be taken.
+    pub fingerprint: Option<u64>,
 }
 
 impl Ended {
@@ -183,6 +187,7 @@ impl Helper<'_> {
             status,
             took: started.elapsed(),
             suspended_for: talk.suspended.map(|at| at.elapsed()),
+            fingerprint: talk.fingerprint,
         })
     }
 }
@@ -196,6 +201,7 @@ struct Conversation<'a> {
     rings: Option<Outcome>,
     errors: Vec<String>,
     suspended: Option<Instant>,
+    fingerprint: Option<u64>,
 }
 
 impl<'a> Conversation<'a> {
@@ -212,8 +218,16 @@ impl<'a> Conversation<'a> {
                 }
             }
         });
-        let (complete, rings, errors, suspended) = (None, None, Vec::new(), None);
-        Ok(Conversation { helper, messages, replies, complete, rings, errors, suspended })
+        Ok(Conversation {
+            helper,
+            messages,
+            replies,
+            complete: None,
+            rings: None,
+            errors: Vec::new(),
+            suspended: None,
+            fingerprint: None,
+        })
     }
 
     /// Until the helper has nothing more to say.
@@ -233,10 +247,13 @@ impl<'a> Conversation<'a> {
             Message::Log { level, text, .. } if level >= LEVEL_ERROR => self.errors.push(text),
             Message::Log { .. } | Message::Progress { .. } => {}
             Message::Suspend => {
-                let suspends = !self.helper.libxl.refuses_to_suspend;
+                let Libxl { refuses_to_suspend, takes_fingerprint } = self.helper.libxl;
+                let suspends = !refuses_to_suspend;
                 if suspends {
                     self.helper.domain.suspend();
                     self.suspended = Some(Instant::now());
+                    let taken = takes_fingerprint.then(|| self.helper.domain.fingerprint());
+                    self.fingerprint = taken;
                 }
                 self.reply(i32::from(suspends))?;
             }

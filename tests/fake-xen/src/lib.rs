@@ -33,9 +33,11 @@ mod memory;
 mod migration;
 mod planted;
 mod stream;
+mod trouble;
 mod wire;
 
 pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};
-pub use migration::{Activity, GuestKind, Migration, Moved, Rig, WIRING};
+pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};
 pub use planted::Planted;
+pub use trouble::{Outcome, Weathered};

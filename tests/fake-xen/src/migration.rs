@@ -8,31 +8,19 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rxl_migrate::fake::{FakeDomain, HvmSpec, P2mKind, PvSpec, compare};
-use rxl_migrate::frame::DomId;
+use rxl_migrate::fake::{FakeDomain, HvmSpec, P2mKind, PvSpec, WIRING, compare};
 use rxl_migrate::hypervisor::Domain;
-use rxl_migrate::target::Options;
 
 use crate::helper::{Ended, Helper, Libxl, Program, Programs};
 use crate::machine::{Machine, MachineSpec};
 
-/// What libxl tells a restore of the new domain.
-pub const WIRING: Options = Options {
-    store_evtchn: 17,
-    store_domid: DomId(0),
-    console_evtchn: 18,
-    console_domid: DomId(3),
-};
-
-/// pfns of a PV guest, and pages of a PVH guest.
-const GUEST_PAGES: u64 = 3000;
-/// Frames of a machine that has room for one.
-const MACHINE_FRAMES: u64 = 8192;
+/// Frames of a machine beyond those of its one guest.
+const SPARE_FRAMES: u64 = 4096;
 /// Pages that a restored domain may have more than it had when it was suspended: what it gave
 /// back meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;
 /// How often stock's sender may lose a race before it is not to be excused.
-const GIVEN_UP_MAX: u32 = 20;
+const GIVEN_UP_MAX: u32 = 10;
 /// Between two times that the guests act by themselves.
 const GUEST_PAUSE: Duration = Duration::from_micros(50);
 /// Bytes that go from one helper to the other at a time.
@@ -45,8 +33,7 @@ pub enum GuestKind {
     PvLinear,
     /// PV, with its p2m in a tree.
     PvTree,
-    /// Translated. To a save helper PVH and HVM are one but for the device model, whose writes
-    /// are HVM's; this one has them.
+    /// Translated, without a device model.
     Pvh,
 }
 
@@ -81,6 +68,20 @@ impl std::fmt::Display for Activity {
     }
 }
 
+/// How large a guest is, in pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// pfns that it has (PV) or may have memory at (PVH).
+    pub pages: u64,
+    /// It has given back all memory from this pfn on.
+    pub memory: u64,
+}
+
+impl Size {
+    /// As large as it has to be for everything to occur: 12 MiB.
+    pub const SMALL: Size = Size { pages: 3000, memory: 3000 };
+}
+
 /// A migration to be done.
 #[derive(Clone, Copy, Debug)]
 pub struct Migration {
@@ -92,6 +93,10 @@ pub struct Migration {
     pub guest: GuestKind,
     /// What it does meanwhile.
     pub activity: Activity,
+    /// How large the guest is.
+    pub size: Size,
+    /// What every call of the helpers takes at least.
+    pub call_delay: Duration,
     /// Determines guest and machines, and all but the moments at which the guest acts.
     pub seed: u64,
 }
@@ -119,16 +124,29 @@ pub struct Rig {
 pub(crate) struct End {
     pub(crate) machine: Machine,
     pub(crate) domain: FakeDomain,
+    /// How much slower the guest has become: its pauses have doubled so often.
+    calm: u32,
 }
 
 impl Migration {
+    /// Of a small guest, with calls that take no longer than they have to.
+    #[must_use]
+    pub fn new(
+        (from, to): (Program, Program),
+        guest: GuestKind,
+        activity: Activity,
+        seed: u64,
+    ) -> Migration {
+        let (size, call_delay) = (Size::SMALL, Duration::ZERO);
+        Migration { from, to, guest, activity, size, call_delay, seed }
+    }
+
     /// A machine with the guest.
     pub(crate) fn source(&self) -> Result<End> {
-        let seed = self.seed;
-        let machine = Machine::start(MachineSpec { frames: MACHINE_FRAMES, seed, fresh: false })?;
+        let Migration { seed, size: Size { pages, memory }, .. } = *self;
+        let machine = self.machine(memory, seed)?;
         let host = machine.host();
         host.let_guests_balloon(self.activity == Activity::Ballooning);
-        let pages = GUEST_PAGES;
         let pv = |p2m| PvSpec {
             pages,
             one_hole_in: 20,
@@ -139,21 +157,28 @@ impl Migration {
             seed,
         };
         let domain = match self.guest {
-            GuestKind::PvLinear => pv(P2mKind::Linear).build(host),
-            GuestKind::PvTree => pv(P2mKind::Tree).build(host),
-            GuestKind::Pvh => HvmSpec { pages, seed }.build(host),
+            GuestKind::PvLinear => pv(P2mKind::Linear).build_ballooned(host, memory),
+            GuestKind::PvTree => pv(P2mKind::Tree).build_ballooned(host, memory),
+            GuestKind::Pvh => HvmSpec { pages, seed }.build_ballooned(host, memory),
         };
-        Ok(End { machine, domain })
+        domain.remove_device_model();
+        Ok(End { machine, domain, calm: 0 })
     }
 
     /// An empty domain for the guest, on a machine of its own.
     pub(crate) fn target(&self, source: &FakeDomain) -> Result<End> {
         let info = source.info()?;
-        let seed = !self.seed;
-        let machine = Machine::start(MachineSpec { frames: MACHINE_FRAMES, seed, fresh: false })?;
         let pages = info.total_pages + BALLOONED_PAGES_MAX;
+        let machine = self.machine(pages, !self.seed)?;
         let domain = machine.host().create(info.hvm, pages, info.max_vcpu_id + 1);
-        Ok(End { machine, domain })
+        Ok(End { machine, domain, calm: 0 })
+    }
+
+    fn machine(&self, pages: u64, seed: u64) -> Result<Machine> {
+        let frames = pages + SPARE_FRAMES;
+        let machine = Machine::start(MachineSpec { frames, seed, fresh: false })?;
+        machine.slow_down(self.call_delay);
+        Ok(machine)
     }
 }
 
@@ -161,29 +186,29 @@ impl Rig {
     /// Does a migration, both ends at once.
     ///
     /// Stock's sender fails if a guest gives a page back, or makes data of a page table, between
-    /// two of its steps. Then it is tried again, as a user would.
+    /// two of its steps. Then it is tried again, as a user would, when the guest is calmer.
     ///
     /// # Errors
     /// A helper fails, breaks the protocol, asks for what is not modelled, or leaves something
     /// behind.
     pub fn migrate(&self, migration: &Migration) -> Result<Moved> {
-        let source = migration.source()?;
-        let mut given_up = 0;
+        let mut source = migration.source()?;
         loop {
             let target = migration.target(&source.domain)?;
             let (saved, restored, stream) = self.both_ends(migration, &source, &target)?;
             source.check_left_behind()?;
             target.check_left_behind()?;
-            if is_stocks_race(migration, &saved) && given_up < GIVEN_UP_MAX {
-                given_up += 1;
+            if is_stocks_race(migration, &saved) && source.calm < GIVEN_UP_MAX {
+                source.calm += 1;
                 continue;
             }
             ensure!(saved.succeeded(), "saving by {}: {}", migration.from, saved.describe());
             let differences = compared(migration, &source, &target, &restored)?;
-            return Ok(Moved { stream, differences, given_up });
+            return Ok(Moved { stream, differences, given_up: source.calm });
         }
     }
 
+    /// The two ends at the same time.
     fn both_ends(
         &self,
         migration: &Migration,
@@ -217,7 +242,7 @@ impl Rig {
         })
     }
 
-    /// Restores `stream` into `target`.
+    /// Restores `stream`, or what there is of it, into `target`.
     pub(crate) fn restore_alone(
         &self,
         migration: &Migration,
@@ -241,8 +266,8 @@ impl Rig {
     ) -> Result<Ended> {
         let live = migration.activity != Activity::Stopped;
         let _guests = live.then(|| {
-            source.machine.host().run_guests(1);
-            source.machine.run_guests(GUEST_PAUSE)
+            source.machine.host().run_guests(1 << source.calm);
+            source.machine.run_guests(GUEST_PAUSE * (1 << source.calm))
         });
         self.helper(migration.from, source).save(stream, live)
     }

@@ -8,9 +8,6 @@ use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{bad_input, fake, fuzz, sim, smoke, soak, unit};
 
-/// Migrations on the modelled Xen that CI does: every cell of the matrix once.
-const FAKE_RUNS_IN_CI: u64 = 36;
-
 /// Seeds of the simulator that CI runs: some ten seconds.
 const SIM_SEEDS: u64 = 2_000;
 
@@ -65,7 +62,7 @@ fn main() -> ExitCode {
     match Arguments::parse().suite {
         None => {
             unit::run(&mut tally);
-            fake::run(&mut tally, FAKE_RUNS_IN_CI, 1);
+            fake::run_short(&mut tally);
             sim::run(&mut tally, SIM_SEEDS);
             in_lab(&mut tally, smoke::run);
         }
