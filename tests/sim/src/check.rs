@@ -5,7 +5,7 @@
 //! that nobody can know; a copy's memory is the guest's as it was suspended (checked where a copy
 //! is put to use); nothing is left behind.
 
-use rxl_migrate::xl::handshake::{ReceiverEnd, SenderEnd};
+use rxl_migrate::xl::handshake::{ReceiverCause, ReceiverEnd, SenderEnd};
 use rxl_migrate::xl::{away_name, incoming_name};
 
 use crate::facts::Facts;
@@ -134,11 +134,12 @@ fn check_sender(world: &World, copies: &Copies, found: &mut Vec<String>) {
     if !good {
         found.push(format!("the sender says {end:?}, but: {:?}", copies.source));
     }
-    // Where all that failed was told over a channel that worked, there is no doubt.
+    // Where all that failed was told over a channel that worked, there is no doubt. A receiver
+    // that was cancelled tells so, but its transport may be gone before Go is written.
     let doubtful = facts.cut
         || facts.any_down()
         || !facts.killed.is_empty()
-        || facts.signals > 0
+        || facts.receiver_end == Some(ReceiverEnd::Nothing(ReceiverCause::Cancelled))
         || facts.has_failed(Side::Target, Request::Destroy)
         || world.plan.malicious.is_some();
     if matches!(end, SenderEnd::Uncertain(_)) && !doubtful {
@@ -179,6 +180,10 @@ fn check_life(world: &World, copies: &Copies, found: &mut Vec<String>) {
         && copies.target.iter().any(|(name, runs, whole)| {
             *whole && (*runs || world.plan.stays_paused && name == NAME)
         });
+    let named = copies.source.as_ref().is_none_or(|(name, ..)| name == NAME);
+    if source_runs && !named && !facts.has_failed(Side::Source, Request::Rename) {
+        found.push("the guest runs at the source under a wrong name".into());
+    }
     if source_runs || target_runs {
         if source_runs && target_runs {
             found.push("a copy runs here and one is to be used there".into());

@@ -21,7 +21,6 @@ pub(crate) struct Facts {
     pub(crate) cut: bool,
     /// Processes that were killed by themselves (not with their host).
     pub(crate) killed: Vec<Role>,
-    pub(crate) signals: u32,
     /// Requests that failed because the plan said so.
     pub(crate) failed: Vec<(Side, Request)>,
     /// libxl gave up to wait for a guest that may suspend later.
@@ -76,7 +75,6 @@ impl Facts {
     }
 
     pub(crate) fn signalled(&mut self, role: Role) {
-        self.signals += 1;
         self.coverage.count(format!("signal to {role:?} {}", self.when()));
     }
 

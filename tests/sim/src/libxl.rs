@@ -113,7 +113,7 @@ impl Helper {
 }
 
 /// Writes the stream of the guest to `out`.
-pub(crate) fn save(process: &Process<'_>, out: PipeId, id: DomId, verify: bool) -> Result<(), u8> {
+pub(crate) fn save(process: &Process<'_>, out: PipeId, verify: bool) -> Result<(), u8> {
     if !process.world().pipe(out).is_open(End::Read) {
         return Err(FAIL);
     }
@@ -149,7 +149,6 @@ pub(crate) fn save(process: &Process<'_>, out: PipeId, id: DomId, verify: bool) 
         if complete != Some(0) || !exited {
             return Err(FAIL);
         }
-        let _ = id;
         write_all(process, out, &END)
     })
 }

@@ -339,7 +339,7 @@ impl Departing for Departure<'_, '_> {
 
     fn save(&mut self) -> bool {
         let verify = self.process.world().plan.verify;
-        libxl::save(self.process, self.channel.output, self.id, verify).is_ok()
+        libxl::save(self.process, self.channel.output, verify).is_ok()
     }
 
     fn log_dirty_off(&mut self) {

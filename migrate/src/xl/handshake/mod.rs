@@ -21,6 +21,8 @@
 //!   It destroys its copy only after a report of success.
 //! - The receiver unpauses its copy only after it has received Go. It sends Destroyed only after
 //!   its copy is gone, and destroys no copy that it has unpaused.
+//! - A receiver that is cancelled while it waits for Go destroys its copy and says the same as one
+//!   that could not start it: a sender that has sent Go meanwhile need not stay suspended.
 //! - So at no moment do two copies run, and at no moment is there none that runs or could be
 //!   resumed by hand. Where the sender cannot know ([`SenderEnd::Uncertain`]) it stays suspended.
 //!

@@ -7,7 +7,8 @@
 //!             Nothing               Destroying ◄──┘       ReportingFailure           Running
 //!                ▲                     │   ▲                    │
 //!                └─────────────────────┤   └────────────────────┘
-//!                                      └─► Acknowledging ─► GivenBack
+//!                                      ├─► Acknowledging ─► GivenBack
+//!         (cancelled in AwaitGo)       └─► Withdrawing ─► AcknowledgingWithdrawal ─► Nothing
 //! ```
 
 use super::Message;
@@ -92,6 +93,9 @@ pub enum ReceiverCause {
     WrongGo,
 }
 
+/// The status of a copy that was withdrawn before it could be started (libxl's `ERROR_ABORTED`).
+const WITHDRAWN: u8 = 22;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     New,
@@ -105,6 +109,8 @@ enum State {
     ReportingFailure,
     Destroying(After),
     Acknowledging,
+    Withdrawing,
+    AcknowledgingWithdrawal,
     Over,
 }
 
@@ -113,6 +119,8 @@ enum State {
 enum After {
     /// Go never came: nobody to tell.
     NoGo(ReceiverCause),
+    /// Somebody cancelled, and Go may be on its way.
+    Withdrawn,
     /// The sender has the report of failure, and waits.
     Reported,
     /// The report of failure could not be sent.
@@ -171,7 +179,8 @@ impl Receiver {
             }
             (State::AwaitGo, Ev::Received(_)) => destroy(After::NoGo(Cause::WrongGo)),
             (State::AwaitGo, Ev::Lost) => destroy(After::NoGo(Cause::NoGo)),
-            (State::AwaitGo, Ev::Cancelled) => destroy(After::NoGo(Cause::Cancelled)),
+            // Go may be on its way: the sender is told, so that it need not stay suspended.
+            (State::AwaitGo, Ev::Cancelled) => destroy(After::Withdrawn),
 
             (State::Renaming, Ev::Done) if !self.stay_paused => (State::Unpausing, Act::Unpause),
             (State::Renaming | State::Unpausing, Ev::Done) => {
@@ -189,6 +198,16 @@ impl Receiver {
             (State::ReportingFailure, Ev::Failed(_)) => destroy(After::Unreported),
 
             (State::Destroying(After::NoGo(cause)), Ev::Done) => over(End::Nothing(cause)),
+            (State::Destroying(After::Withdrawn), Ev::Done) => {
+                (State::Withdrawing, Act::SendReport(WITHDRAWN))
+            }
+            (State::Withdrawing, Ev::Done) => {
+                (State::AcknowledgingWithdrawal, Act::Send(Message::Destroyed))
+            }
+            (State::Withdrawing, Ev::Failed(_))
+            | (State::AcknowledgingWithdrawal, Ev::Done | Ev::Failed(_)) => {
+                over(End::Nothing(Cause::Cancelled))
+            }
             (State::Destroying(After::Unreported), Ev::Done) => {
                 over(End::GivenBack { told: false })
             }
@@ -224,7 +243,10 @@ impl State {
             State::Reporting => "a receiver reporting success",
             State::ReportingFailure => "a receiver reporting failure",
             State::Destroying(_) => "a receiver destroying its copy",
-            State::Acknowledging => "a receiver giving the domain back",
+            State::Acknowledging | State::AcknowledgingWithdrawal => {
+                "a receiver giving the domain back"
+            }
+            State::Withdrawing => "a receiver reporting that it was cancelled",
             State::Over => "a receiver that is done",
         }
     }

@@ -124,7 +124,8 @@ enum State {
     AwaitReady,
     Renaming,
     Granting,
-    AwaitReport,
+    /// Why nobody knows, if there is none.
+    AwaitReport(SenderCause),
     AwaitDestroyed(u8),
     Destroying,
     RenamingBack(SenderCause),
@@ -197,16 +198,17 @@ impl Sender {
             (State::Renaming, Ev::Failed) => resume(Cause::NotRenamed),
             (State::Renaming, Ev::Cancelled) => resume(Cause::Cancelled),
 
-            (State::Granting, Ev::Done) => (State::AwaitReport, Act::Receive(Message::Report)),
-            (State::Granting, Ev::Failed) => over(End::Uncertain(Cause::GoNotSent)),
+            (State::Granting, Ev::Done) => await_report(Cause::NoReport),
+            // A receiver that gave up may have said so before it went.
+            (State::Granting, Ev::Failed) => await_report(Cause::GoNotSent),
             (State::Granting, Ev::Cancelled) => rename_back(Cause::Cancelled),
 
-            (State::AwaitReport, Ev::Received(bytes)) => match report_status(bytes) {
+            (State::AwaitReport(_), Ev::Received(bytes)) => match report_status(bytes) {
                 Some(0) => (State::Destroying, Act::Destroy),
                 Some(status) => (State::AwaitDestroyed(status), Act::Receive(Message::Destroyed)),
                 None => over(End::Uncertain(Cause::WrongReport)),
             },
-            (State::AwaitReport, Ev::Lost) => over(End::Uncertain(Cause::NoReport)),
+            (State::AwaitReport(cause), Ev::Lost) => over(End::Uncertain(cause)),
 
             (State::AwaitDestroyed(status), Ev::Received(bytes))
                 if bytes == Message::Destroyed.text() =>
@@ -241,6 +243,10 @@ fn resume(cause: SenderCause) -> (State, SenderAction) {
     (State::Resuming(cause), SenderAction::Resume)
 }
 
+fn await_report(without: SenderCause) -> (State, SenderAction) {
+    (State::AwaitReport(without), SenderAction::Receive(Message::Report))
+}
+
 fn rename_back(cause: SenderCause) -> (State, SenderAction) {
     (State::RenamingBack(cause), SenderAction::RenameBack)
 }
@@ -255,7 +261,7 @@ impl State {
             State::AwaitReady => "a sender waiting for the target",
             State::Renaming => "a sender renaming its domain",
             State::Granting => "a sender granting the start",
-            State::AwaitReport => "a sender waiting for the report",
+            State::AwaitReport(_) => "a sender waiting for the report",
             State::AwaitDestroyed(_) => "a sender waiting for the target's cleanup",
             State::Destroying => "a sender destroying its copy",
             State::RenamingBack(_) => "a sender renaming its domain back",

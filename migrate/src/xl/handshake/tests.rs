@@ -47,6 +47,56 @@ fn an_event_that_cannot_happen_is_an_error_that_names_state_and_event() {
     assert_eq!(text, "bug in rxl: end of the channel while a receiver that has not begun");
 }
 
+#[test]
+fn a_receiver_that_is_cancelled_while_go_may_be_on_its_way_gives_the_domain_back() {
+    use ReceiverAction as Act;
+    use ReceiverEvent as Ev;
+    let script = [
+        (Ev::Begin, Act::Send(Message::Banner)),
+        (Ev::Done, Act::Create),
+        (Ev::Done, Act::Send(Message::Ready)),
+        (Ev::Done, Act::Receive(Message::Go)),
+        (Ev::Cancelled, Act::Destroy),
+        (Ev::Done, Act::SendReport(22)),
+        (Ev::Done, Act::Send(Message::Destroyed)),
+        (Ev::Done, Act::Finish(ReceiverEnd::Nothing(ReceiverCause::Cancelled))),
+    ];
+    let mut receiver = Receiver::new(false);
+    for (event, action) in script {
+        assert_eq!(receiver.step(event).unwrap(), action);
+    }
+}
+
+#[test]
+fn a_sender_that_could_not_send_go_hears_what_a_receiver_said_before_it_went() {
+    use SenderAction as Act;
+    use SenderEvent as Ev;
+    let until_go = |sender: &mut Sender| {
+        for event in [
+            Ev::Begin,
+            Ev::Received(Message::Banner.text()),
+            Ev::Done,
+            Ev::Received(Message::Ready.text()),
+            Ev::Done,
+        ] {
+            sender.step(event).unwrap();
+        }
+        assert_eq!(sender.step(Ev::Failed).unwrap(), Act::Receive(Message::Report));
+    };
+    let mut sender = Sender::new();
+    until_go(&mut sender);
+    let report = [Message::Report.text(), &[22]].concat();
+    let next = sender.step(Ev::Received(&report)).unwrap();
+    assert_eq!(next, Act::Receive(Message::Destroyed));
+    let next = sender.step(Ev::Received(Message::Destroyed.text())).unwrap();
+    assert_eq!(next, Act::RenameBack);
+
+    let mut sender = Sender::new();
+    until_go(&mut sender);
+    let end = SenderEnd::Uncertain(SenderCause::GoNotSent);
+    assert_eq!(sender.step(Ev::Lost).unwrap(), Act::Finish(end));
+}
+
 /// Bytes that a peer may send: any of the messages, a report of any status, or rubbish.
 fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
