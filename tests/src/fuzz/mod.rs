@@ -82,7 +82,7 @@ fn build() -> Result<PathBuf> {
 fn build_with(profile: &str, rustflags: &str) -> Result<PathBuf> {
     let target_dir = directory("build")?;
     let status = cargo()
-        .args(["build", "--quiet", "--locked", "--target", TRIPLE, "--profile", profile])
+        .args(["build", "--quiet", "--target", TRIPLE, "--profile", profile])
         .arg("--target-dir")
         .arg(&target_dir)
         .env("RUSTFLAGS", rustflags)
