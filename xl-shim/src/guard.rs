@@ -64,12 +64,13 @@ impl Guard {
             Side::Source => "source",
             Side::Target => "target",
         };
-        let mut child = Command::new(env::current_exe()?)
+        let mut command = Command::new(env::current_exe()?);
+        command
             .args(["domain-guard", side, "--", name])
             .args(domid.map(|d| d.to_string()))
             .stdin(Stdio::piped())
-            .stdout(lock.for_guard()?)
-            .spawn()?;
+            .stdout(Stdio::null());
+        let mut child = lock.inherited_by(|| command.spawn())?;
         let pipe = child.stdin.take();
         Ok(Guard(pipe.map(|pipe| (child, pipe))))
     }

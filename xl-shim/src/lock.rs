@@ -13,7 +13,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::process::Stdio;
 
 use anyhow::{Context, bail};
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -50,9 +49,12 @@ impl Lock {
         }
     }
 
-    /// For a guard, which holds it then without knowing: its standard output, which it never uses.
-    pub(crate) fn for_guard(&self) -> io::Result<Stdio> {
-        Ok(Stdio::from(self.0.try_clone()?))
+    /// Lets the process that `spawn` starts inherit it. Nobody else may start one meanwhile.
+    pub(crate) fn inherited_by<T>(&self, spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        self.pass_on()?;
+        let child = spawn();
+        fcntl_setfd(&self.0, FdFlags::CLOEXEC)?;
+        child
     }
 
     /// Lets all processes that are started from now on inherit it.
@@ -63,7 +65,7 @@ impl Lock {
 
 #[cfg(test)]
 mod tests {
-    use std::process::{Child, Command};
+    use std::process::{Child, Command, Stdio};
     use std::thread::sleep;
     use std::time::{Duration, Instant};
 
@@ -87,8 +89,8 @@ mod tests {
     }
 
     /// A process that waits for the end of its input.
-    fn start(stdout: Stdio) -> Child {
-        Command::new("cat").stdin(Stdio::piped()).stdout(stdout).spawn().unwrap()
+    fn start() -> io::Result<Child> {
+        Command::new("cat").stdin(Stdio::piped()).spawn()
     }
 
     fn end(mut child: Child) {
@@ -102,19 +104,21 @@ mod tests {
         let text = take("guard").unwrap_err().to_string();
         assert!(text.starts_with("another migration of web is under way"), "{text}");
         take("other").unwrap();
-        let guard = start(lock.for_guard().unwrap());
+        let guard = lock.inherited_by(start).unwrap();
+        let transport = start().unwrap();
         drop(lock);
         assert!(take("guard").is_err());
         end(guard);
         take_when_free("guard");
+        end(transport);
     }
 
     #[test]
     fn a_lock_is_inherited_from_the_moment_on_that_it_is_passed_on() {
         let lock = take("helper").unwrap();
-        let transport = start(Stdio::null());
+        let transport = start().unwrap();
         lock.pass_on().unwrap();
-        let helper = start(Stdio::null());
+        let helper = start().unwrap();
         drop(lock);
         assert!(take("helper").is_err());
         end(helper);
