@@ -6,9 +6,10 @@ use crate::hypervisor::{
     DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
 };
 use crate::report;
+use crate::source::batch::{BatchSender, Space};
 use crate::source::hvm;
 use crate::source::machine::{Action, Event, Machine, PageSet};
-use crate::source::pass::{PassSender, Space};
+use crate::source::pass::PassSender;
 use crate::source::pv::PhysMap;
 use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
 
@@ -96,7 +97,7 @@ where
         total_pages: info.total_pages,
         p2m_pages,
     });
-    let sender = PassSender::new(domain, out, toolstack, space);
+    let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack);
     let pending = PageBitmap::new(p2m_pages);
     Ok(Driver { info, sender, pending, log_dirty: false, qemu_log_dirty: false })
 }
@@ -136,7 +137,7 @@ where
             Action::LogDirtyOn => {
                 // Set first: a failure half way may have left it on.
                 self.log_dirty = true;
-                self.sender.domain.log_dirty_on()?;
+                self.sender.batches.domain.log_dirty_on()?;
             }
             Action::WriteHead => self.write_head()?,
             Action::SendPass { pass, set, last } => self.send_pass(pass, set, last)?,
@@ -162,7 +163,7 @@ where
     }
 
     fn write_head(&mut self) -> Result<()> {
-        let domain = self.sender.domain;
+        let domain = self.sender.batches.domain;
         let guest = if self.info.hvm { GuestKind::Hvm } else { GuestKind::Pv };
         let header = StreamHeader { version: libxc::VERSION, guest, xen: domain.xen_version()? };
         let mut head = header.to_bytes().to_vec();
@@ -178,14 +179,14 @@ where
             }
         }
         head.extend(libxc::record(RecordKind::StaticDataEnd, &[])?);
-        if let Space::Pv(map) = &self.sender.space {
+        if let Space::Pv(map) = &self.sender.batches.space {
             head.extend(map.start_record()?);
         }
         self.sender.write_record(&head, "writing the head of the stream")
     }
 
     fn send_pass(&mut self, pass: u32, set: PageSet, last: bool) -> Result<()> {
-        let pages = self.sender.space.pages();
+        let pages = self.sender.batches.space.pages();
         let mut set = match set {
             PageSet::All => PageBitmap::full(pages),
             PageSet::Pending => std::mem::replace(&mut self.pending, PageBitmap::new(pages)),
@@ -204,15 +205,15 @@ where
 
     /// A PV guest that replaced its p2m would be read through a stale mapping.
     fn check_unmoved(&self) -> Result<()> {
-        match &self.sender.space {
+        match &self.sender.batches.space {
             Space::Pv(map) => map.check_unmoved(),
             Space::Translated { .. } => Ok(()),
         }
     }
 
     fn read_dirty(&mut self, last: bool) -> Result<Event> {
-        let mut dirty = PageBitmap::new(self.sender.space.pages());
-        self.sender.domain.log_dirty_clean(&mut dirty, last)?;
+        let mut dirty = PageBitmap::new(self.sender.batches.space.pages());
+        self.sender.batches.domain.log_dirty_clean(&mut dirty, last)?;
         self.pending.union(&dirty);
         let pages = self.pending.count();
         self.sender.toolstack.event(&report::Event::Dirty { pages });
@@ -226,7 +227,7 @@ where
             .suspend()
             .map_err(|source| Error::Toolstack { what: "suspend the guest", source })?;
         // The hypervisor's word counts, not the toolstack's.
-        self.info = self.sender.domain.info()?;
+        self.info = self.sender.batches.domain.info()?;
         if !suspended || self.info.shutdown != Some(SHUTDOWN_SUSPEND) {
             return Err(Error::NotSuspended);
         }
@@ -235,10 +236,10 @@ where
     }
 
     fn write_tail(&mut self) -> Result<()> {
-        let domain = self.sender.domain;
+        let domain = self.sender.batches.domain;
         let tsc = libxc::tsc_info(&domain.tsc_info()?);
         let mut tail = libxc::record(RecordKind::X86TscInfo, &[&tsc])?;
-        let records = match &self.sender.space {
+        let records = match &self.sender.batches.space {
             Space::Translated { .. } => hvm::state_records(domain)?,
             Space::Pv(map) => map.state_records(domain, &self.info)?,
         };
@@ -251,7 +252,7 @@ where
     /// stream is complete, or has failed for a better reason.
     fn cleanup(&mut self) {
         if std::mem::take(&mut self.log_dirty)
-            && let Err(error) = self.sender.domain.log_dirty_off()
+            && let Err(error) = self.sender.batches.domain.log_dirty_off()
         {
             let text = format!("Failed to switch log-dirty off: {}", chain(&error));
             self.sender.toolstack.log(LogLevel::Error, &text);
