@@ -48,6 +48,18 @@ pub enum Error {
     /// The kind of guest is beyond this version.
     #[error("{0}")]
     Unsupported(&'static str),
+    /// A worker, or the way to it, broke.
+    #[error("{what}")]
+    Worker {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A worker could not send its batch.
+    #[error("a worker failed: {0}")]
+    Batch(String),
     /// Somebody asked for the end.
     #[error("cancelled")]
     Aborted,
@@ -59,6 +71,20 @@ pub enum Error {
         /// The event's name.
         event: &'static str,
     },
+}
+
+impl Error {
+    /// The error and its causes in one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+/// An error and its causes in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |e| e.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// What may be wrong with structures that a PV guest keeps in its own memory.

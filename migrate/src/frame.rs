@@ -10,6 +10,8 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 /// Bytes in a page, the unit of everything here.
 pub const PAGE_SIZE: usize = 4096;
 /// log2 of [`PAGE_SIZE`].
@@ -20,7 +22,8 @@ pub const PFN_MASK: u64 = 0x000f_ffff_ffff_ffff;
 pub const INVALID_FRAME: u64 = u64::MAX;
 
 /// A guest-physical frame number, 0-based.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Pfn(pub u64);
 
 /// A machine frame number. `Mfn::INVALID` marks a pfn without memory.
@@ -79,7 +82,7 @@ impl fmt::Display for DomId {
 }
 
 /// What a page is to the hypervisor, and so to the stream.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default, Serialize, Deserialize)]
 pub enum PageType {
     /// Ordinary memory.
     #[default]

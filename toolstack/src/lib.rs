@@ -2,13 +2,15 @@
 //!
 //! [`xc`] implements `rxl_migrate::hypervisor` with the stable Xen libraries; [`libxl`] implements
 //! [`lifecycle`] with the host's libxl, loaded at run time. The save helper, which libxl runs to
-//! move a stream, is `rxl`; [`abort`] is how it is stopped and [`inherit`] how it is handed more
-//! than libxl's arguments. The only `unsafe` outside `xen-sys` is in
-//! `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name and say why.
+//! move a stream, is `rxl`; [`abort`] is how it is stopped, [`inherit`] how it is handed more
+//! than libxl's arguments, and [`workers`] are processes that it starts itself. The only `unsafe`
+//! outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name
+//! and say why.
 #![deny(unsafe_code)]
 
 pub mod abort;
 pub mod inherit;
 pub mod libxl;
 pub mod lifecycle;
+pub mod workers;
 pub mod xc;

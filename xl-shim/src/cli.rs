@@ -7,8 +7,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::builder::RangedI64ValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
+use rxl_toolstack::workers::WORKERS_MAX;
 
 /// Moves running Xen guests to other hosts
 ///
@@ -91,6 +93,11 @@ pub(crate) enum Verb {
     },
 }
 
+/// How many workers there may be.
+fn workers_range() -> RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(1..=i64::from(WORKERS_MAX))
+}
+
 /// Options of `migrate`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
@@ -120,6 +127,9 @@ pub(crate) struct MigrateArgs {
     /// Leave the domain paused at the target
     #[arg(short = 'p')]
     pub(crate) paused: bool,
+    /// Processes that map and send memory, which pays where they have cores of their own
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = workers_range())]
+    pub(crate) workers: u8,
     /// Keep the domain's number at the target
     #[arg(short = 'D')]
     pub(crate) preserve_domid: bool,

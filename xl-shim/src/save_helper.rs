@@ -10,7 +10,7 @@ use std::error::Error;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::{env, iter};
@@ -22,7 +22,9 @@ use rxl_migrate::helper::{
 };
 use rxl_migrate::hypervisor::{LogLevel, Toolstack};
 use rxl_migrate::report::Stamped;
+use rxl_migrate::source::workers::Workers;
 use rxl_migrate::{source, target};
+use rxl_toolstack::workers::{self, Pool, SharedOut, Socket, Turn};
 use rxl_toolstack::xc::{FdIn, FdOut, LiveDomain};
 use rxl_toolstack::{abort, inherit};
 
@@ -37,17 +39,25 @@ pub(crate) const NAME: &str = "libxl-save-helper";
 /// What libxl's own helper says in `complete` where it has no errno.
 const EIO: i32 = 5;
 
+/// Says how many processes send memory; without it, the helper does it alone.
+pub(crate) const WORKERS_ENV: &str = "RXL_WORKERS";
+
 type Channel = HelperChannel<File, File>;
 
 /// Whether these are arguments of the helper.
 pub(crate) fn is_meant(args: &[OsString], program: &str) -> bool {
-    program == NAME || args.get(1).is_some_and(|a| a == "--save-domain" || a == "--restore-domain")
+    let ours = ["--save-domain", "--restore-domain", workers::ARGUMENT];
+    program == NAME || args.get(1).is_some_and(|first| ours.iter().any(|own| first == own))
 }
 
 /// Saves or restores a domain. A failure of the transfer is no failure of the process: libxl is
 /// told in its own way.
 pub(crate) fn run(args: &[OsString]) -> anyhow::Result<Exit> {
     let args = args.get(1..).unwrap_or_default();
+    if args.first().is_some_and(|first| first == workers::ARGUMENT) {
+        run_worker(args)?;
+        return Ok(Exit::Success);
+    }
     match Invocation::parse(args) {
         Ok(Invocation::Save(save)) => run_save(&save)?,
         Ok(Invocation::Restore(restore)) => run_restore(&restore)?,
@@ -65,10 +75,49 @@ fn run_save(args: &SaveArgs) -> anyhow::Result<()> {
         channel = channel.with_events(sink);
     }
     let options = source::Options { live: args.live, verify: args.debug };
-    let result = LiveDomain::open(args.domain)
-        .map_err(Into::into)
-        .and_then(|domain| source::save(&domain, &mut FdOut::new(&stream), &mut channel, &options));
+    let result = save(args.domain, &stream, &mut channel, &options);
     complete(channel, result.err(), "saving")
+}
+
+fn save(
+    domain: DomId,
+    stream: &OwnedFd,
+    channel: &mut Channel,
+    options: &source::Options,
+) -> rxl_migrate::Result<()> {
+    let workers = start_workers(domain, stream)
+        .map_err(|source| rxl_migrate::Error::Worker { what: "starting workers", source })?;
+    let mut out = SharedOut::new(FdOut::new(stream), workers.as_ref().map(Pool::turn));
+    let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers>);
+    let domain = LiveDomain::open(domain)?;
+    source::save_with(&domain, &mut out, channel, workers, options)?;
+    Ok(())
+}
+
+/// As many as asked for; `None`: this process does the work alone.
+fn start_workers(domain: DomId, stream: &OwnedFd) -> io::Result<Option<Pool>> {
+    let wanted = env::var(WORKERS_ENV).ok().and_then(|text| text.parse::<u8>().ok());
+    let count = wanted.unwrap_or(1).min(workers::WORKERS_MAX);
+    if count < 2 {
+        return Ok(None);
+    }
+    let program = env::current_exe()?;
+    Pool::start(program.as_os_str(), count, domain, stream.as_fd()).map(Some)
+}
+
+/// Sends batches for the save helper that started this process.
+fn run_worker(args: &[OsString]) -> anyhow::Result<()> {
+    let number = |index: usize| args.get(index).and_then(|text| text.to_str()?.parse::<i32>().ok());
+    let (Some(domain), Some(turn)) = (number(1), number(2)) else {
+        anyhow::bail!("{} is for rxl itself", workers::ARGUMENT);
+    };
+    workers::become_worker()?;
+    let turn = Turn::inherited(inherit::descriptor(turn).context("the turn")?);
+    let domain = LiveDomain::open(DomId(u16::try_from(domain)?))?;
+    let stdout = io::stdout();
+    let mut out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn));
+    source::workers::work(&domain, &mut out, &mut Socket(io::stdin().as_fd()))?;
+    Ok(())
 }
 
 fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {

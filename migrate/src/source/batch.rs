@@ -4,9 +4,11 @@
 //! A batch needs nothing of other batches of its pass, and whoever sends it keeps nothing of it:
 //! what became of its pages is the [`Outcome`], and [`super::pass`] remembers it.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Error, GuestError, Result};
 use crate::frame::{Mfn, PAGE_SIZE, PageBuf, PageType, Pfn};
-use crate::hypervisor::{Access, ForeignPages, PagePiece, SourceDomain, StreamOut};
+use crate::hypervisor::{Access, DomainInfo, ForeignPages, PagePiece, SourceDomain, StreamOut};
 use crate::source::pv::PhysMap;
 use crate::stream::libxc::{self, PageEntry};
 use crate::x86::pv::{self, Unfit};
@@ -23,6 +25,23 @@ pub(super) enum Space<P> {
 }
 
 impl<P: ForeignPages> Space<P> {
+    /// Looks at the domain, which `info` describes.
+    ///
+    /// # Errors
+    /// Xen's; a guest that cannot be saved, or whose p2m makes no sense.
+    pub(super) fn open<D>(domain: &D, info: &DomainInfo) -> Result<Self>
+    where
+        D: SourceDomain<Pages = P>,
+    {
+        if info.hvm {
+            return Ok(Space::Translated { pages: domain.maximum_gpfn()? + 1 });
+        }
+        if domain.address_bits()? != 64 {
+            return Err(Error::Unsupported("a 32-bit PV guest cannot be saved by this version"));
+        }
+        Ok(Space::Pv(PhysMap::open(domain, info)?))
+    }
+
     /// Number of pfns, holes included.
     pub(super) fn pages(&self) -> u64 {
         match self {
@@ -68,20 +87,29 @@ pub(super) struct BatchSender<'a, D: SourceDomain, O> {
 }
 
 /// What became of the pages of a batch: each is in one of the four lists.
-#[derive(Debug, Default)]
-pub(super) struct Outcome {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
     /// Sent.
-    pub(super) sent: Vec<Pfn>,
+    pub sent: Vec<Pfn>,
     /// Not to be sent while the guest runs; none in the last pass.
-    pub(super) put_off: Vec<Pfn>,
+    pub put_off: Vec<Pfn>,
     /// Without a frame at this moment.
-    pub(super) without_frame: Vec<Pfn>,
+    pub without_frame: Vec<Pfn>,
     /// Without data: what Xen has behind the frame is no memory, or broken.
-    pub(super) without_data: Vec<PageEntry>,
+    pub without_data: Vec<PageEntry>,
     /// How many of `sent` are page tables, which went normalised.
-    pub(super) tables: u64,
+    pub tables: u64,
     /// Bytes written.
-    pub(super) bytes: u64,
+    pub bytes: u64,
+}
+
+impl Outcome {
+    /// Number of pages of the batch.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        let without = self.without_frame.len() + self.without_data.len();
+        (self.sent.len() + self.put_off.len() + without) as u64
+    }
 }
 
 /// A page on its way: its pfn, its frame and its type.

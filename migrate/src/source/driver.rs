@@ -1,7 +1,7 @@
 //! Does what [`super::machine`] decides.
 
 use crate::bitmap::PageBitmap;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, chain};
 use crate::hypervisor::{
     DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
 };
@@ -10,7 +10,7 @@ use crate::source::batch::{BatchSender, Space};
 use crate::source::hvm;
 use crate::source::machine::{Action, Event, Machine, PageSet};
 use crate::source::pass::PassSender;
-use crate::source::pv::PhysMap;
+use crate::source::workers::Workers;
 use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
 
 /// How to save.
@@ -45,18 +45,31 @@ where
     O: StreamOut<D::Pages>,
     T: Toolstack,
 {
-    let result = open(domain, out, toolstack).and_then(|driver| driver.run(options));
+    save_with(domain, out, toolstack, None, options)
+}
+
+/// The same as [`save`]; `workers`, if there are any, send the memory, to the same stream.
+///
+/// # Errors
+/// The first thing that went wrong.
+pub fn save_with<D, O, T>(
+    domain: &D,
+    out: &mut O,
+    toolstack: &mut T,
+    workers: Option<Box<dyn Workers>>,
+    options: &Options,
+) -> Result<Summary>
+where
+    D: SourceDomain,
+    O: StreamOut<D::Pages>,
+    T: Toolstack,
+{
+    let result = open(domain, out, toolstack, workers).and_then(|driver| driver.run(options));
     match &result {
         Ok(summary) => toolstack.event(&report::Event::Finished { bytes: summary.bytes }),
         Err(error) => toolstack.event(&report::Event::Failed { why: chain(error) }),
     }
     result
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |e| e.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 struct Driver<'a, D: SourceDomain, O, T> {
@@ -73,6 +86,7 @@ fn open<'a, D, O, T>(
     domain: &'a D,
     out: &'a mut O,
     toolstack: &'a mut T,
+    workers: Option<Box<dyn Workers>>,
 ) -> Result<Driver<'a, D, O, T>>
 where
     D: SourceDomain,
@@ -82,14 +96,7 @@ where
     let info = domain.info()?;
     let kind = if info.hvm { "x86 HVM" } else { "x86 PV" };
     toolstack.log(LogLevel::Info, &format!("Saving domain {}, type {kind}", domain.domid()));
-    let space = if info.hvm {
-        Space::Translated { pages: domain.maximum_gpfn()? + 1 }
-    } else {
-        if domain.address_bits()? != 64 {
-            return Err(Error::Unsupported("a 32-bit PV guest cannot be saved by this version"));
-        }
-        Space::Pv(PhysMap::open(domain, &info)?)
-    };
+    let space = Space::open(domain, &info)?;
     let p2m_pages = space.pages();
     toolstack.event(&report::Event::Started {
         pid: std::process::id(),
@@ -97,7 +104,7 @@ where
         total_pages: info.total_pages,
         p2m_pages,
     });
-    let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack);
+    let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack, workers);
     let pending = PageBitmap::new(p2m_pages);
     Ok(Driver { info, sender, pending, log_dirty: false, qemu_log_dirty: false })
 }

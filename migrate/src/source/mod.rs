@@ -3,7 +3,7 @@
 //! [`machine`] decides what comes next and does nothing itself; [`driver`] does what it decides,
 //! against the traits of [`crate::hypervisor`]; [`precopy`] decides when to stop copying a
 //! running guest; [`pass`] sends one set of pages, [`batch`] some of them at a time; [`pv`] and
-//! [`hvm`] know the guests.
+//! [`hvm`] know the guests; [`workers`] are other processes that send batches.
 //!
 //! Not here: the suspend request (libxl's, asked for through `Toolstack::suspend`), the libxl
 //! stream around this one, and what happens to the domain afterwards.
@@ -15,5 +15,7 @@ pub mod machine;
 mod pass;
 pub mod precopy;
 mod pv;
+pub mod workers;
 
-pub use driver::{Options, Summary, save};
+pub use batch::Outcome;
+pub use driver::{Options, Summary, save, save_with};

@@ -11,12 +11,17 @@ use crate::frame::{PageType, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
 use crate::source::batch::{BatchSender, Outcome};
+use crate::source::workers::{Request, Workers};
 use crate::stream::libxc::{self, PageEntry};
 
 /// One pass under way, and what outlives it.
 pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     pub(super) batches: BatchSender<'a, D, O>,
     pub(super) toolstack: &'a mut T,
+    /// Who sends the batches; else this process does.
+    workers: Option<Box<dyn Workers>>,
+    /// Batches that the workers have.
+    under_way: usize,
     /// Pages put off to the last pass.
     deferred: PageBitmap,
     /// Pages that the receiver has heard of, and must be told when they vanish.
@@ -41,11 +46,17 @@ where
     T: Toolstack,
 {
     /// A sender that has sent nothing yet.
-    pub(super) fn new(batches: BatchSender<'a, D, O>, toolstack: &'a mut T) -> Self {
+    pub(super) fn new(
+        batches: BatchSender<'a, D, O>,
+        toolstack: &'a mut T,
+        workers: Option<Box<dyn Workers>>,
+    ) -> Self {
         let pages = batches.space.pages();
         PassSender {
             batches,
             toolstack,
+            workers,
+            under_way: 0,
             deferred: PageBitmap::new(pages),
             sent: PageBitmap::new(pages),
             bytes: 0,
@@ -80,11 +91,10 @@ where
             if self.toolstack.aborted() {
                 return Err(Error::Aborted);
             }
-            let outcome = self.batches.send(&batch, last)?;
-            self.note(&outcome, &mut progress);
-            self.tell_vanished(&outcome)?;
-            progress.done += batch.len() as u64;
-            self.report(&progress);
+            self.send_batch(batch, &mut progress)?;
+        }
+        while self.under_way > 0 {
+            self.collect(&mut progress)?;
         }
         self.toolstack.event(&Event::PassEnded {
             pass,
@@ -112,8 +122,46 @@ where
         self.toolstack.event(&Event::PassProgress { pass, done, pages, bytes });
     }
 
-    /// Remembers what has become of the pages of a batch.
-    fn note(&mut self, outcome: &Outcome, progress: &mut Progress) {
+    /// Sends a batch, or hands it to the workers.
+    fn send_batch(&mut self, batch: Vec<Pfn>, progress: &mut Progress) -> Result<()> {
+        let Some(workers) = &mut self.workers else {
+            let outcome = self.batches.send(&batch, progress.last)?;
+            return self.note(&outcome, progress);
+        };
+        let depth = workers.depth();
+        let submitted = workers.submit(&Request { batch, last: progress.last });
+        submitted.map_err(|source| Error::Worker { what: "handing out work", source })?;
+        self.under_way += 1;
+        while self.under_way >= depth {
+            self.collect(progress)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for one of the batches that the workers have.
+    fn collect(&mut self, progress: &mut Progress) -> Result<()> {
+        if self.toolstack.aborted() {
+            return Err(Error::Aborted);
+        }
+        let Some(workers) = &mut self.workers else { return Ok(()) };
+        let reply = workers.collect().map_err(|source| match self.toolstack.aborted() {
+            true => Error::Aborted,
+            false => Error::Worker { what: "waiting for workers", source },
+        })?;
+        self.under_way = self.under_way.saturating_sub(1);
+        self.note(&reply.map_err(Error::Batch)?, progress)
+    }
+
+    /// Remembers what has become of the pages of a batch, and tells the receiver what it must know.
+    fn note(&mut self, outcome: &Outcome, progress: &mut Progress) -> Result<()> {
+        self.count(outcome, progress);
+        self.tell_vanished(outcome)?;
+        progress.done += outcome.pages();
+        self.report(progress);
+        Ok(())
+    }
+
+    fn count(&mut self, outcome: &Outcome, progress: &mut Progress) {
         self.bytes += outcome.bytes;
         outcome.sent.iter().for_each(|pfn| self.sent.set(*pfn));
         let count = |list: usize| list as u64;

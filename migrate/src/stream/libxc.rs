@@ -5,6 +5,7 @@
 //! multiple of 8. Writers here return the bytes; readers take bytes that have already been
 //! bounded by [`RECORD_BYTES_MAX`]. They hold no state: order is [`crate::target::machine`]'s.
 
+use serde::{Deserialize, Serialize};
 use zerocopy::byteorder::{big_endian as be, little_endian as le};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -328,7 +329,7 @@ fn record_header(kind: RecordKind, length: usize) -> Result<[u8; 8], FormatError
 }
 
 /// One entry of a page-data record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageEntry {
     /// Which page.
     pub pfn: Pfn,
