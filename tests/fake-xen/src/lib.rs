@@ -24,6 +24,7 @@
 //! refused with `ENOSYS` and named by [`Machine::unknown_calls`].
 #![forbid(unsafe_code)]
 
+mod bench;
 mod client;
 mod domctl;
 mod helper;
@@ -36,6 +37,7 @@ mod stream;
 mod trouble;
 mod wire;
 
+pub use bench::{Bench, Figure};
 pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};
 pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};

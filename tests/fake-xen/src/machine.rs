@@ -121,6 +121,13 @@ impl Machine {
         &self.shared.host
     }
 
+    /// The file that holds its memory: frame n is page n.
+    #[must_use]
+    pub fn memory_path(&self) -> PathBuf {
+        let [pid, fd] = self.shared.memory_place();
+        PathBuf::from(format!("/proc/{pid}/fd/{fd}"))
+    }
+
     /// Lets `command` run on this machine, by way of the preloaded library `preload`.
     pub fn furnish(&self, command: &mut Command, preload: &std::path::Path) {
         command.env(wire::SOCKET_VARIABLE, &self.socket).env("LD_PRELOAD", preload);

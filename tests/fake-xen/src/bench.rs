@@ -1,0 +1,316 @@
+//! How fast the save helpers are, side by side on the same machine: `tests/bench engine`.
+//!
+//! Each figure is the median of a few runs; stock's and rxl's alternate, and after each pair comes
+//! a plain copy of the same bytes, which is what no helper can beat. docs/bench.md says what such
+//! figures mean for a real host.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rxl_migrate::fake::{FakeDomain, HvmSpec, P2mKind, PvSpec, Rng, WIRING, compare};
+use rxl_migrate::frame::PageBuf;
+use rxl_migrate::hypervisor::Domain;
+
+use crate::helper::{Helper, Libxl, Program, Programs};
+use crate::machine::{Machine, MachineSpec};
+use crate::migration::GuestKind;
+
+/// Frames of a machine beyond those of its guest.
+const SPARE_FRAMES: u64 = 8192;
+/// The first frame that a fresh machine hands out.
+const FIRST_FRAME: u64 = 2;
+/// Between two times that a writing guest acts.
+const GUEST_PAUSE: Duration = Duration::from_micros(200);
+/// Bytes that the null reader takes at a time.
+const READ_BYTES: usize = 1 << 20;
+const PAGE_BYTES: u64 = 4096;
+const PAGES_PER_MIB: u64 = 256;
+
+/// What to measure with.
+#[derive(Clone, Debug)]
+pub struct Bench {
+    /// The helpers.
+    pub programs: Programs,
+    /// The program that copies.
+    pub plain_copy: PathBuf,
+    /// Memory of the guests.
+    pub mib: u64,
+    /// Runs of each helper for a figure.
+    pub pairs: u32,
+}
+
+/// What the memory of a guest holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Content {
+    Random,
+    Zero,
+    /// Half zeros, a quarter random, a quarter words in a row.
+    Mixed,
+}
+
+impl Content {
+    const ALL: [(Content, &str); 3] =
+        [(Content::Random, "random"), (Content::Zero, "zero"), (Content::Mixed, "mixed")];
+
+    fn page(self, pfn: u64, rng: &mut Rng) -> Box<PageBuf> {
+        let mut page = PageBuf::zeroed();
+        let kind = match (self, pfn % 4) {
+            (Content::Zero, _) | (Content::Mixed, 0 | 1) => return page,
+            (Content::Mixed, 3) => Content::Mixed,
+            _ => Content::Random,
+        };
+        let words = page.0.as_chunks_mut::<8>().0.iter_mut().zip(pfn..);
+        for (word, number) in words {
+            let random = kind == Content::Random;
+            *word = if random { rng.next() } else { number }.to_le_bytes();
+        }
+        page
+    }
+}
+
+/// One figure. Speeds are in MiB of guest memory per second.
+#[derive(Clone, Debug)]
+pub struct Figure {
+    /// E.g. `save/pvh/random/idle`.
+    pub name: String,
+    /// rxl's, the median.
+    pub rxl: f64,
+    /// Stock's, the median.
+    pub stock: f64,
+    /// rxl's to stock's, the median over the pairs.
+    pub ratio: f64,
+    /// The plain copy's, the median.
+    pub limit: f64,
+}
+
+impl Figure {
+    /// One line of JSON.
+    #[must_use]
+    pub fn json(&self) -> String {
+        let Figure { name, rxl, stock, ratio, limit } = self;
+        let of_limit = rxl / limit;
+        format!(
+            "{{\"name\":\"{name}\",\"unit\":\"MiB/s\",\"rxl\":{rxl:.1},\"stock\":{stock:.1},\
+             \"ratio\":{ratio:.3},\"limit\":{limit:.1},\"of_limit\":{of_limit:.3}}}"
+        )
+    }
+}
+
+/// A machine as after a boot, and its one domain.
+struct Side {
+    machine: Machine,
+    domain: FakeDomain,
+}
+
+impl Bench {
+    /// Measures everything; `show` gets each figure as it is there.
+    ///
+    /// # Errors
+    /// A helper fails, or a restored guest is not what was saved.
+    pub fn run(&self, mut show: impl FnMut(&Figure)) -> Result<()> {
+        for (kind, guest) in [(GuestKind::Pvh, "pvh"), (GuestKind::PvLinear, "pv")] {
+            for (content, what) in Content::ALL {
+                let source = self.source(kind)?;
+                let mut rng = Rng::new(1);
+                source.domain.fill(|pfn| Some(content.page(pfn, &mut rng)));
+                for (writing, activity) in [(false, "idle"), (true, "writing")] {
+                    let name = format!("save/{guest}/{what}/{activity}");
+                    let save = |program| self.save(&source, program, writing);
+                    show(&self.figure(name, save, || self.copy_out(&source))?);
+                }
+                let file = tempfile::tempfile().context("Cannot make a file")?;
+                let stream = file.try_clone().context("Cannot duplicate a descriptor")?;
+                let saved = self.helper(Program::Stock, &source).save(stream.into(), true)?;
+                ensure!(saved.succeeded(), "stock: {}", saved.describe());
+                let restore = |program| self.restore(&source, program, &file);
+                let name = format!("restore/{guest}/{what}");
+                let figure = self.figure(name, restore, || self.copy_in(&file))?;
+                show(&figure);
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs both helpers and the copy in turn, and takes medians.
+    fn figure(
+        &self,
+        name: String,
+        mut run: impl FnMut(Program) -> Result<Duration>,
+        mut copy: impl FnMut() -> Result<Duration>,
+    ) -> Result<Figure> {
+        let (mut rxl, mut stock, mut ratios, mut limit) = (vec![], vec![], vec![], vec![]);
+        for pair in 0..self.pairs {
+            let order = match pair % 2 {
+                0 => [Program::Rxl, Program::Stock],
+                _ => [Program::Stock, Program::Rxl],
+            };
+            let mut speed = [0.0; 2];
+            for program in order {
+                let took = run(program).with_context(|| format!("{name} by {program}"))?;
+                match program {
+                    Program::Rxl => speed[0] = self.speed(took),
+                    Program::Stock => speed[1] = self.speed(took),
+                }
+            }
+            rxl.push(speed[0]);
+            stock.push(speed[1]);
+            ratios.push(speed[0] / speed[1]);
+            limit.push(self.speed(copy().with_context(|| format!("{name} by a plain copy"))?));
+        }
+        let [rxl, stock, ratio, limit] = [rxl, stock, ratios, limit].map(median);
+        Ok(Figure { name, rxl, stock, ratio, limit })
+    }
+
+    #[allow(clippy::cast_precision_loss, reason = "MiB are far fewer than a float can count")]
+    fn speed(&self, took: Duration) -> f64 {
+        self.mib as f64 / took.as_secs_f64()
+    }
+
+    fn pages(&self) -> u64 {
+        self.mib * PAGES_PER_MIB
+    }
+
+    fn machine(&self) -> Result<Machine> {
+        let frames = self.pages() + SPARE_FRAMES;
+        Machine::start(MachineSpec { frames, seed: 1, fresh: true })
+    }
+
+    fn source(&self, kind: GuestKind) -> Result<Side> {
+        let (machine, pages, seed) = (self.machine()?, self.pages(), 1);
+        let host = machine.host();
+        host.let_guests_balloon(false);
+        let domain = match kind {
+            GuestKind::Pvh => HvmSpec { pages, seed }.build(host),
+            GuestKind::PvLinear | GuestKind::PvTree => {
+                let p2m = if kind == GuestKind::PvTree { P2mKind::Tree } else { P2mKind::Linear };
+                let (one_hole_in, long_tail) = (u64::MAX, false);
+                let (vcpus, processes) = (2, 4);
+                PvSpec { pages, one_hole_in, p2m, long_tail, vcpus, processes, seed }.build(host)
+            }
+        };
+        domain.remove_device_model();
+        Ok(Side { machine, domain })
+    }
+
+    fn helper<'a>(&'a self, program: Program, side: &'a Side) -> Helper<'a> {
+        let Side { machine, domain } = side;
+        Helper { programs: &self.programs, program, machine, domain, libxl: Libxl::default() }
+    }
+
+    /// Saves live into a socket that is read and forgotten. Then the guest runs on.
+    fn save(&self, source: &Side, program: Program, writing: bool) -> Result<Duration> {
+        let ended = into_nothing(|stream| {
+            let _guest = writing.then(|| source.machine.run_guests(GUEST_PAUSE));
+            self.helper(program, source).save(stream, true)
+        })?;
+        ensure!(ended.succeeded(), "{}", ended.describe());
+        source.domain.resume();
+        Ok(ended.took)
+    }
+
+    /// The same bytes by a plain copy.
+    fn copy_out(&self, source: &Side) -> Result<Duration> {
+        let pages = self.pages();
+        into_nothing(|stream| {
+            self.copy("out", pages, &source.machine, Stdio::null(), stream.into())
+        })
+    }
+
+    /// Restores into a new domain, which has to be what `source` was.
+    fn restore(&self, source: &Side, program: Program, file: &File) -> Result<Duration> {
+        let machine = self.machine()?;
+        let info = source.domain.info()?;
+        let domain = machine.host().create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
+        let target = Side { machine, domain };
+        let stream = from_start(file)?;
+        let ended = self.helper(program, &target).restore(stream.into(), &WIRING)?;
+        ensure!(ended.succeeded(), "{}", ended.describe());
+        target.machine.settle()?;
+        let rings = ended.rings.context("no word of the rings")?;
+        let differences = compare(&source.domain, &target.domain, &WIRING, &rings);
+        ensure!(differences.is_empty(), "the copy differs: {differences:?}");
+        Ok(ended.took)
+    }
+
+    /// As many bytes of the same file, into the memory of a machine. The file may have a few pages
+    /// less than the guest has pfns, and a little more than pages.
+    fn copy_in(&self, file: &File) -> Result<Duration> {
+        let in_file = file.metadata().context("Cannot ask for the file's size")?.len() / PAGE_BYTES;
+        let pages = in_file.min(self.pages());
+        self.copy("in", pages, &self.machine()?, from_start(file)?.into(), Stdio::null())
+    }
+
+    fn copy(
+        &self,
+        direction: &str,
+        pages: u64,
+        machine: &Machine,
+        input: Stdio,
+        output: Stdio,
+    ) -> Result<Duration> {
+        let started = Instant::now();
+        let status = Command::new(&self.plain_copy)
+            .arg(direction)
+            .arg(machine.memory_path())
+            .args([FIRST_FRAME.to_string(), pages.to_string()])
+            .stdin(input)
+            .stdout(output)
+            .status()
+            .context("Cannot start the plain copy")?;
+        ensure!(status.success(), "the plain copy ended with {status}");
+        Ok(started.elapsed())
+    }
+}
+
+/// Gives `write` a socket whose other end is read until `write` is done.
+fn into_nothing<T>(write: impl FnOnce(OwnedFd) -> Result<T>) -> Result<T> {
+    let (ours, mut theirs) = UnixStream::pair().context("Cannot make a socket")?;
+    let reader = thread::spawn(move || {
+        let mut piece = vec![0; READ_BYTES];
+        while theirs.read(&mut piece).is_ok_and(|count| count > 0) {}
+    });
+    let result = write(ours.into());
+    // It ends with the last descriptor of the other end.
+    let _ = reader.join();
+    result
+}
+
+/// The same file, to be read from its start.
+fn from_start(file: &File) -> Result<File> {
+    let mut file = file.try_clone().context("Cannot duplicate a descriptor")?;
+    file.rewind().context("Cannot go to the start of the stream")?;
+    Ok(file)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_figure_is_one_line_with_the_fields_in_order() {
+        let name = "save/pvh/zero/idle".to_owned();
+        let figure = Figure { name, rxl: 300.0, stock: 200.0, ratio: 1.5, limit: 1000.0 };
+        let expected = r#"{"name":"save/pvh/zero/idle","unit":"MiB/s","rxl":300.0,"stock":200.0,"#
+            .to_owned()
+            + r#""ratio":1.500,"limit":1000.0,"of_limit":0.300}"#;
+        assert_eq!(figure.json(), expected);
+    }
+
+    #[test]
+    fn a_median_is_in_the_middle_whatever_the_order() {
+        assert!((median(vec![5.0, 1.0, 3.0]) - 3.0).abs() < 1e-9);
+        assert!(median(vec![]).is_nan());
+    }
+}
