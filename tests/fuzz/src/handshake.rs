@@ -233,7 +233,8 @@ impl Received {
                 self.reported = true;
                 self.go && (self.unpaused || paused)
             }
-            ReceiverAction::SendReport(_) => self.go && !self.unpaused,
+            // Without Go it says so only once its copy is gone.
+            ReceiverAction::SendReport(_) => !self.unpaused && (self.go || self.destroyed),
             ReceiverAction::Destroy => !self.unpaused && !self.reported,
             ReceiverAction::Send(Message::Destroyed) => self.destroyed,
             ReceiverAction::Finish(end) => match end {
@@ -304,11 +305,13 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         &[0, 1, 5, 5, 7],
         &[0, 1, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9],
     ];
-    let receiver: [&[u8]; 11] = [
+    let receiver: [&[u8]; 13] = [
         &[0, 0, 2, 0, 2, 0, 2, 0, 1, 5, 0, 2, 0, 2, 0, 2],
         &[0, 2, 2, 2, 1, 5, 2, 3, 9, 0, 2, 0, 2, 0, 2],
         &[0, 2, 2, 3, 1, 2],
         &[0, 2, 2, 5, 2],
+        &[0, 2, 2, 2, 5, 0, 2, 0, 2, 0, 2],
+        &[0, 2, 2, 2, 5, 2, 3, 9],
         &[0, 2, 5],
         &[0, 2, 2, 2, 1, 5, 2, 2, 2],
         &[0, 2, 2, 2, 1, 5, 2, 3, 9, 2, 2, 2],
