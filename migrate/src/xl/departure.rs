@@ -82,7 +82,7 @@ pub fn run<D: Departing>(side: &mut D) -> Result<SenderEnd> {
     }
 }
 
-/// Whether the guest, which was left running, may still follow a request to suspend that nobody
+/// Whether the guest, which was left running or could not be resumed, may still follow a request to suspend that nobody
 /// waits for any more: then the guard has to stay and let it run on. `events` are the save
 /// helper's.
 pub fn may_suspend_yet<'a>(end: SenderEnd, events: impl IntoIterator<Item = &'a Event>) -> bool {
@@ -91,7 +91,7 @@ pub fn may_suspend_yet<'a>(end: SenderEnd, events: impl IntoIterator<Item = &'a 
         Event::Suspended => false,
         _ => pending,
     });
-    pending && matches!(end, SenderEnd::Kept(_))
+    pending && matches!(end, SenderEnd::Kept(_) | SenderEnd::NotResumed(_))
 }
 
 /// After Go nothing is cancelled.
@@ -141,6 +141,8 @@ mod tests {
         let kept = SenderEnd::Kept(SenderCause::Cancelled);
         let asked = [Event::Dirty { pages: 3 }, Event::SuspendAsked];
         assert!(may_suspend_yet(kept, &asked));
+        // What could not be resumed may have been running.
+        assert!(may_suspend_yet(SenderEnd::NotResumed(SenderCause::NotSent), &asked));
         assert!(!may_suspend_yet(SenderEnd::Moved, &asked));
         assert!(!may_suspend_yet(kept, &asked[..1]));
         assert!(!may_suspend_yet(kept, &[Event::SuspendAsked, Event::Suspended]));
