@@ -94,9 +94,11 @@ fn check_leftovers(world: &mut World, copies: &Copies, found: &mut Vec<String>) 
     }
 }
 
-/// A guest that suspends when nobody waits for it any more has a guard, unless that was killed.
+/// A guest that suspends when nobody waits for it any more has a guard, unless that was killed or
+/// the host refused to resume the guest.
 fn suspends_alone(facts: &Facts) -> bool {
-    facts.suspension_given_up && facts.was_killed(Role::SourceGuard)
+    let guard_fails = facts.was_killed(Role::SourceGuard);
+    facts.suspension_given_up && (guard_fails || facts.has_failed(Side::Source, Request::Resume))
 }
 
 /// What the sender says is so.
