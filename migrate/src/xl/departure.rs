@@ -82,9 +82,9 @@ pub fn run<D: Departing>(side: &mut D) -> Result<SenderEnd> {
     }
 }
 
-/// Whether the guest, which was left running or could not be resumed, may still follow a request to suspend that nobody
-/// waits for any more: then the guard has to stay and let it run on. `events` are the save
-/// helper's.
+/// Whether the guest, which was left running or could not be resumed, may still follow a request
+/// to suspend that nobody waits for any more: then the guard has to stay and let it run on.
+/// `events` are the save helper's.
 pub fn may_suspend_yet<'a>(end: SenderEnd, events: impl IntoIterator<Item = &'a Event>) -> bool {
     let pending = events.into_iter().fold(false, |pending, event| match event {
         Event::SuspendAsked => true,

@@ -32,7 +32,7 @@ const PARSERS: [&str; 25] = [
     "helper/invocation.rs",
     "helper/message.rs",
     "report.rs",
-    "source/pass.rs",
+    "source/batch.rs",
     "source/pv.rs",
     "stream/libxc.rs",
     "stream/libxl.rs",
