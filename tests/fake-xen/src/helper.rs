@@ -25,8 +25,9 @@ const RESTORE_CALLBACKS: &str = "768";
 /// Levels of xentoollog from which a line tells of a failure.
 const LEVEL_ERROR: u32 = 8;
 /// Starts a helper with the stream, which comes as descriptor 2, as descriptor 3, and its errors
-/// in a file. The standard library cannot hand on other descriptors than the first three.
-const START: &str = r#"errors=$1; shift; exec "$@" 3<&2 2>"$errors""#;
+/// in a file. The standard library cannot hand on other descriptors than the first three, and
+/// makes SIGPIPE deadly, which `xl` ignores, and with it its helper.
+const START: &str = r#"trap '' PIPE; errors=$1; shift; exec "$@" 3<&2 2>"$errors""#;
 /// The stream's descriptor there.
 const STREAM_FD: &str = "3";
 

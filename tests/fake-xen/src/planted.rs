@@ -42,7 +42,7 @@ impl std::fmt::Display for Planted {
 }
 
 /// Guests that are tried until one gives the fault an occasion.
-const GUESTS_MAX: u64 = 20;
+const GUESTS_MAX: u64 = 60;
 
 impl Rig {
     /// Does a migration with a fault, and says in what the copy differs. Guests from

@@ -93,10 +93,12 @@ impl Stream {
         found
     }
 
-    /// The place of the first page of the last pass: pfns of a pass ascend.
+    /// The place of the first page of the last pass: pfns of pages with data ascend in a pass.
+    /// (rxl tells of pages that have vanished when the rest of their batch is sent.)
     pub(crate) fn last_pass(&self) -> Option<Place> {
+        let at = |(place, page): (Place, &Page)| (place, page.pfn);
         let pages: Vec<(Place, u64)> =
-            self.pages().map(|(place, page)| (place, page.pfn)).collect();
+            self.pages().filter(|(_, page)| page.data.is_some()).map(at).collect();
         let mut descents = pages.windows(2).filter_map(|pair| match pair {
             [(_, before), (place, pfn)] if pfn < before => Some(*place),
             _ => None,
