@@ -30,6 +30,7 @@ pub mod frame;
 pub mod helper;
 pub mod hypervisor;
 pub mod report;
+mod runs;
 pub mod source;
 pub mod stream;
 pub mod target;

@@ -88,6 +88,18 @@ pub enum Event {
         /// Pages that the guest wrote since the last reading.
         pages: u64,
     },
+    /// A link has joined: a connection of its own for page data.
+    LinkJoined {
+        /// Its number.
+        link: u8,
+    },
+    /// A link is lost; what it had not delivered is sent again.
+    LinkLost {
+        /// Its number.
+        link: u8,
+        /// Why.
+        why: String,
+    },
     /// The guest is asked to suspend: the pause begins at some moment after this.
     SuspendAsked,
     /// The guest is suspended.

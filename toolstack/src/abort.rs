@@ -6,8 +6,8 @@
 //! written, so that a write in progress ends with `EINTR`, as it does without `SA_RESTART`, and
 //! every later one with `EBADF`. A flag alone would leave a gap between its test and the write.
 //!
-//! `EINTR` reaches only the thread that took the signal: a process that writes the stream from
-//! several threads needs more than this.
+//! `EINTR` reaches only the thread that took the signal, so other threads leave it to the main one
+//! ([`leave_to_others`]).
 //!
 //! What it is not: the decision to stop. Ctrl-C on a terminal signals all processes of the group;
 //! only libxl, or `rxl`, decides, and the helper ignores the terminal's signals.
@@ -59,6 +59,18 @@ pub fn ignore_terminal() -> io::Result<()> {
     [libc::SIGINT, libc::SIGHUP, libc::SIGPIPE]
         .into_iter()
         .try_for_each(|signal| set_action(signal, libc::SIG_IGN))
+}
+
+/// Keeps SIGTERM away from this thread, for one that has somebody to stop it.
+pub(crate) fn leave_to_others() {
+    // SAFETY: a set of signals, for which zeros are memory like any other.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: makes it the empty set.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    // SAFETY: a set and a signal that exists.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGTERM) };
+    // SAFETY: a complete set; where the old one goes is not wanted.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }
 
 extern "C" fn on_term(_signal: libc::c_int) {

@@ -3,14 +3,19 @@
 //! [`xc`] implements `rxl_migrate::hypervisor` with the stable Xen libraries; [`libxl`] implements
 //! [`lifecycle`] with the host's libxl, loaded at run time. The save helper, which libxl runs to
 //! move a stream, is `rxl`; [`abort`] is how it is stopped, [`inherit`] how it is handed more
-//! than libxl's arguments, and [`workers`] are processes that it starts itself. The only `unsafe`
-//! outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name
-//! and say why.
+//! than libxl's arguments. [`senders`] and [`receivers`] are the workers that it starts itself at
+//! either end ([`worker`]), [`doorman`] is where connections between them come in. The only
+//! `unsafe` outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules that allow it
+//! by name and say why.
 #![deny(unsafe_code)]
 
 pub mod abort;
+pub mod doorman;
 pub mod inherit;
 pub mod libxl;
 pub mod lifecycle;
-pub mod workers;
+mod messages;
+pub mod receivers;
+pub mod senders;
+pub mod worker;
 pub mod xc;

@@ -5,12 +5,14 @@
 //! the real `xl`, untouched.
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
-use clap::builder::RangedI64ValueParser;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
-use rxl_toolstack::workers::WORKERS_MAX;
+use rxl_migrate::stream::link::LINKS_MAX;
+
+use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
 
 /// Moves running Xen guests to other hosts
 ///
@@ -93,11 +95,6 @@ pub(crate) enum Verb {
     },
 }
 
-/// How many workers there may be.
-fn workers_range() -> RangedI64ValueParser<u8> {
-    clap::value_parser!(u8).range(1..=i64::from(WORKERS_MAX))
-}
-
 /// Options of `migrate`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
@@ -127,9 +124,27 @@ pub(crate) struct MigrateArgs {
     /// Leave the domain paused at the target
     #[arg(short = 'p')]
     pub(crate) paused: bool,
-    /// Processes that map and send memory, which pays where they have cores of their own
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = workers_range())]
-    pub(crate) workers: u8,
+    /// Who maps and sends memory: a number, also with `:process` or `:thread`; or auto, which
+    /// starts as many as there are free processors to gain from [not in xl]
+    #[arg(long, value_name = "N", default_value = "auto")]
+    pub(crate) workers: WorkersWanted,
+    /// Send memory over further connections, without encryption, if the target has rxl: only in a
+    /// network that nobody else can listen to [not in xl]
+    #[arg(long)]
+    pub(crate) no_encrypt: bool,
+    /// How many further connections; without it one for each address, and for each worker
+    /// [not in xl]
+    #[arg(long, value_name = "N", requires = "no_encrypt")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(LINKS_MAX)))]
+    pub(crate) streams: Option<u8>,
+    /// Addresses of this host for them; without it those of all its network interfaces
+    /// [not in xl]
+    #[arg(long, value_name = "IP,…", requires = "no_encrypt", value_delimiter = ',')]
+    pub(crate) addresses: Vec<IpAddr>,
+    /// Network interfaces of this host for them [not in xl]
+    #[arg(long, value_name = "NIC,…", requires = "no_encrypt", value_delimiter = ',')]
+    #[arg(conflicts_with = "addresses")]
+    pub(crate) nics: Vec<String>,
     /// Keep the domain's number at the target
     #[arg(short = 'D')]
     pub(crate) preserve_domid: bool,
@@ -145,6 +160,20 @@ pub(crate) struct MigrateArgs {
     /// Program at the target, e.g. xl; without it rxl where the target has it, else xl [not in xl]
     #[arg(long, value_name = "CMD")]
     pub(crate) receiver: Option<String>,
+}
+
+impl MigrateArgs {
+    /// How memory is to be moved.
+    pub(crate) fn ways(&self) -> anyhow::Result<Ways> {
+        let links = self.no_encrypt.then(|| {
+            let addresses = match self.addresses.as_slice() {
+                [] => ways::addresses_of(&self.nics)?,
+                addresses => addresses.to_vec(),
+            };
+            anyhow::Ok(LinksWanted { addresses, count: self.streams })
+        });
+        Ok(Ways { workers: self.workers, links: links.transpose()? })
+    }
 }
 
 /// Options of `migrate-receive`.

@@ -10,7 +10,6 @@ use rxl_toolstack::libxl::{Libxl, LogOptions, use_save_helper};
 use crate::cli::Globals;
 use crate::events::{self, EventsPipe};
 use crate::output;
-use crate::save_helper::WORKERS_ENV;
 
 /// Who prints how far a transfer is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,12 +40,6 @@ pub(crate) fn become_save_helper() -> anyhow::Result<()> {
 pub(crate) fn pass_events(pipe: &EventsPipe) -> anyhow::Result<()> {
     let number = pipe.writer().as_raw_fd().to_string();
     inherit::set_variable(events::ENV_FD, number.as_ref()).context("passing the events' pipe")
-}
-
-/// Tells the save helper how many workers to start. To be called while there is one thread.
-pub(crate) fn ask_for_workers(count: u8) -> anyhow::Result<()> {
-    let text = count.to_string();
-    inherit::set_variable(WORKERS_ENV, text.as_ref()).context("asking for workers")
 }
 
 /// Connects to libxl, which logs to standard error from now on.

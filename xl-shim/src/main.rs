@@ -33,6 +33,7 @@ mod resume;
 mod save_helper;
 mod timeline;
 mod transport;
+mod ways;
 
 use std::env;
 use std::ffi::OsString;

@@ -24,7 +24,8 @@ use rxl_migrate::hypervisor::{LogLevel, Toolstack};
 use rxl_migrate::report::Stamped;
 use rxl_migrate::source::workers::Workers;
 use rxl_migrate::{source, target};
-use rxl_toolstack::workers::{self, Pool, SharedOut, Socket, Turn};
+use rxl_toolstack::receivers::{self, Openers};
+use rxl_toolstack::senders::{self, Pool, SharedOut, Staff};
 use rxl_toolstack::xc::{FdIn, FdOut, LiveDomain};
 use rxl_toolstack::{abort, inherit};
 
@@ -32,6 +33,7 @@ use crate::Exit;
 use crate::events;
 use crate::passthrough;
 use crate::timeline::now_ns;
+use crate::ways::Ways;
 
 /// The name under which any program is libxl's helper.
 pub(crate) const NAME: &str = "libxl-save-helper";
@@ -39,14 +41,11 @@ pub(crate) const NAME: &str = "libxl-save-helper";
 /// What libxl's own helper says in `complete` where it has no errno.
 const EIO: i32 = 5;
 
-/// Says how many processes send memory; without it, the helper does it alone.
-pub(crate) const WORKERS_ENV: &str = "RXL_WORKERS";
-
 type Channel = HelperChannel<File, File>;
 
 /// Whether these are arguments of the helper.
 pub(crate) fn is_meant(args: &[OsString], program: &str) -> bool {
-    let ours = ["--save-domain", "--restore-domain", workers::ARGUMENT];
+    let ours = ["--save-domain", "--restore-domain", senders::ARGUMENT, receivers::ARGUMENT];
     program == NAME || args.get(1).is_some_and(|first| ours.iter().any(|own| first == own))
 }
 
@@ -54,9 +53,17 @@ pub(crate) fn is_meant(args: &[OsString], program: &str) -> bool {
 /// told in its own way.
 pub(crate) fn run(args: &[OsString]) -> anyhow::Result<Exit> {
     let args = args.get(1..).unwrap_or_default();
-    if args.first().is_some_and(|first| first == workers::ARGUMENT) {
-        run_worker(args)?;
-        return Ok(Exit::Success);
+    let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
+    match words.as_slice() {
+        [senders::ARGUMENT, rest @ ..] => {
+            senders::run(rest)?;
+            return Ok(Exit::Success);
+        }
+        [receivers::ARGUMENT, rest @ ..] => {
+            receivers::run(rest)?;
+            return Ok(Exit::Success);
+        }
+        _ => {}
     }
     match Invocation::parse(args) {
         Ok(Invocation::Save(save)) => run_save(&save)?,
@@ -94,30 +101,16 @@ fn save(
     Ok(())
 }
 
-/// As many as asked for; `None`: this process does the work alone.
+/// As many as the environment asks for, or help; `None`: this process does the work alone.
 fn start_workers(domain: DomId, stream: &OwnedFd) -> io::Result<Option<Pool>> {
-    let wanted = env::var(WORKERS_ENV).ok().and_then(|text| text.parse::<u8>().ok());
-    let count = wanted.unwrap_or(1).min(workers::WORKERS_MAX);
-    if count < 2 {
+    let ways = Ways::from_environment();
+    let (count, mode, doorman) = (ways.stream_workers(), ways.mode(), ways.doorman());
+    if count == 0 && doorman.is_none() {
         return Ok(None);
     }
-    let program = env::current_exe()?;
-    Pool::start(program.as_os_str(), count, domain, stream.as_fd()).map(Some)
-}
-
-/// Sends batches for the save helper that started this process.
-fn run_worker(args: &[OsString]) -> anyhow::Result<()> {
-    let number = |index: usize| args.get(index).and_then(|text| text.to_str()?.parse::<i32>().ok());
-    let (Some(domain), Some(turn)) = (number(1), number(2)) else {
-        anyhow::bail!("{} is for rxl itself", workers::ARGUMENT);
-    };
-    workers::become_worker()?;
-    let turn = Turn::inherited(inherit::descriptor(turn).context("the turn")?);
-    let domain = LiveDomain::open(DomId(u16::try_from(domain)?))?;
-    let stdout = io::stdout();
-    let mut out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn));
-    source::workers::work(&domain, &mut out, &mut Socket(io::stdin().as_fd()))?;
-    Ok(())
+    let program = env::current_exe()?.into_os_string();
+    let stream = stream.as_fd();
+    Pool::start(Staff { program, domain, mode, count, stream, doorman }).map(Some)
 }
 
 fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
@@ -130,8 +123,11 @@ fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
         console_evtchn: args.console_port,
         console_domid: args.console_domain,
     };
+    let program = env::current_exe()?.into_os_string();
     let result = LiveDomain::open(args.domain).map_err(Into::into).and_then(|domain| {
-        target::restore(&domain, &mut FdIn::new(&stream), &mut channel, &options)
+        let links = Box::new(Openers::new(program, args.domain, stream.as_fd()));
+        let mut input = FdIn::new(&stream);
+        target::restore_with(&domain, &mut input, &mut channel, Some(links), &options)
     });
     // libxl wants the results before the end, after a failure too.
     let (store, console) = result.as_ref().map_or((0, 0), |o| (o.store_frame, o.console_frame));

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, GuestError, Result};
 use crate::frame::{Mfn, PAGE_SIZE, PageBuf, PageType, Pfn};
 use crate::hypervisor::{Access, DomainInfo, ForeignPages, PagePiece, SourceDomain, StreamOut};
+use crate::runs;
 use crate::source::pv::PhysMap;
 use crate::stream::libxc::{self, PageEntry};
 use crate::x86::pv::{self, Unfit};
@@ -90,15 +91,21 @@ pub(super) struct BatchSender<'a, D: SourceDomain, O> {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
     /// Sent.
+    #[serde(with = "runs::pfns")]
     pub sent: Vec<Pfn>,
     /// Not to be sent while the guest runs; none in the last pass.
+    #[serde(with = "runs::pfns")]
     pub put_off: Vec<Pfn>,
     /// Without a frame at this moment.
+    #[serde(with = "runs::pfns")]
     pub without_frame: Vec<Pfn>,
     /// Without data: what Xen has behind the frame is no memory, or broken.
+    #[serde(with = "runs::entries")]
     pub without_data: Vec<PageEntry>,
     /// How many of `sent` are page tables, which went normalised.
     pub tables: u64,
+    /// Records written.
+    pub records: u64,
     /// Bytes written.
     pub bytes: u64,
 }
@@ -233,6 +240,7 @@ where
             .write_pages(&head, mapping, &pieces)
             .map_err(|source| Error::Stream { what: "writing page data", source })?;
         outcome.bytes += (head.len() + pieces.len() * PAGE_SIZE) as u64;
+        outcome.records += 1;
         outcome.tables += copies as u64;
         outcome.sent.extend(entries.iter().map(|entry| entry.pfn));
         Ok(())

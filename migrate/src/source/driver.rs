@@ -48,7 +48,8 @@ where
     save_with(domain, out, toolstack, None, options)
 }
 
-/// The same as [`save`]; `workers`, if there are any, send the memory, to the same stream.
+/// The same as [`save`]; `workers`, if there are any, send the memory, to the same stream or over
+/// links of their own.
 ///
 /// # Errors
 /// The first thing that went wrong.
@@ -75,6 +76,8 @@ where
 struct Driver<'a, D: SourceDomain, O, T> {
     info: DomainInfo,
     sender: PassSender<'a, D, O, T>,
+    /// The state records, once they have been made.
+    state: Option<Vec<u8>>,
     /// Dirty bits read and pages not sent since.
     pending: PageBitmap,
     log_dirty: bool,
@@ -106,7 +109,7 @@ where
     });
     let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack, workers);
     let pending = PageBitmap::new(p2m_pages);
-    Ok(Driver { info, sender, pending, log_dirty: false, qemu_log_dirty: false })
+    Ok(Driver { info, sender, state: None, pending, log_dirty: false, qemu_log_dirty: false })
 }
 
 impl<D, O, T> Driver<'_, D, O, T>
@@ -128,14 +131,14 @@ where
                     None => Err(Error::Aborted),
                 };
             }
-            event = self.act(action).unwrap_or_else(|error| {
+            event = self.act(action, options).unwrap_or_else(|error| {
                 failure = Some(error);
                 Event::Failed
             });
         }
     }
 
-    fn act(&mut self, action: Action) -> Result<Event> {
+    fn act(&mut self, action: Action, options: &Options) -> Result<Event> {
         if self.sender.toolstack.aborted() && action != Action::Cleanup {
             return Err(Error::Aborted);
         }
@@ -146,7 +149,7 @@ where
                 self.log_dirty = true;
                 self.sender.batches.domain.log_dirty_on()?;
             }
-            Action::WriteHead => self.write_head()?,
+            Action::WriteHead => self.write_head(options)?,
             Action::SendPass { pass, set, last } => self.send_pass(pass, set, last)?,
             Action::ReadDirty { last } => return self.read_dirty(last),
             Action::Suspend => self.suspend()?,
@@ -169,11 +172,15 @@ where
         })
     }
 
-    fn write_head(&mut self) -> Result<()> {
+    fn write_head(&mut self, options: &Options) -> Result<()> {
         let domain = self.sender.batches.domain;
         let guest = if self.info.hvm { GuestKind::Hvm } else { GuestKind::Pv };
         let header = StreamHeader { version: libxc::VERSION, guest, xen: domain.xen_version()? };
         let mut head = header.to_bytes().to_vec();
+        // What is sent to be compared has to come after all else, over the stream.
+        if !options.verify {
+            head.extend(self.sender.offer().unwrap_or_default());
+        }
         if guest == GuestKind::Pv {
             head.extend(libxc::record(RecordKind::X86PvInfo, &[&libxc::PV_INFO_64BIT])?);
         }
@@ -202,7 +209,13 @@ where
             set.union(&self.sender.due());
         }
         self.check_unmoved()?;
-        self.sender.send(pass, &set, last)?;
+        let (info, state) = (&self.info, &mut self.state);
+        self.sender.send(pass, set, last, &mut |batches| {
+            if last && state.is_none() {
+                *state = Some(state_records(batches.domain, &batches.space, info)?);
+            }
+            Ok(())
+        })?;
         self.check_unmoved()?;
         if last {
             self.sender.toolstack.event(&report::Event::MemorySent);
@@ -222,6 +235,7 @@ where
         let mut dirty = PageBitmap::new(self.sender.batches.space.pages());
         self.sender.batches.domain.log_dirty_clean(&mut dirty, last)?;
         self.pending.union(&dirty);
+        self.pending.union(&self.sender.take_again());
         let pages = self.pending.count();
         self.sender.toolstack.event(&report::Event::Dirty { pages });
         Ok(Event::Dirty(pages))
@@ -243,16 +257,12 @@ where
     }
 
     fn write_tail(&mut self) -> Result<()> {
-        let domain = self.sender.batches.domain;
-        let tsc = libxc::tsc_info(&domain.tsc_info()?);
-        let mut tail = libxc::record(RecordKind::X86TscInfo, &[&tsc])?;
-        let records = match &self.sender.batches.space {
-            Space::Translated { .. } => hvm::state_records(domain)?,
-            Space::Pv(map) => map.state_records(domain, &self.info)?,
-        };
-        tail.extend(records.into_iter().flatten());
-        tail.extend(libxc::record(RecordKind::End, &[])?);
-        self.sender.write_record(&tail, "writing the state of the guest")
+        let batches = &self.sender.batches;
+        let made = self.state.take().map_or_else(
+            || state_records(batches.domain, &batches.space, &self.info),
+            Ok::<_, Error>,
+        );
+        self.sender.write_record(&made?, "writing the state of the guest")
     }
 
     /// Switches off what was switched on. What fails here is told, and changes nothing: the
@@ -271,4 +281,21 @@ where
             self.sender.toolstack.log(LogLevel::Error, &text);
         }
     }
+}
+
+/// All records after the memory of the guest, which is suspended.
+fn state_records<D: SourceDomain>(
+    domain: &D,
+    space: &Space<D::Pages>,
+    info: &DomainInfo,
+) -> Result<Vec<u8>> {
+    let tsc = libxc::tsc_info(&domain.tsc_info()?);
+    let mut tail = libxc::record(RecordKind::X86TscInfo, &[&tsc])?;
+    let records = match space {
+        Space::Translated { .. } => hvm::state_records(domain)?,
+        Space::Pv(map) => map.state_records(domain, info)?,
+    };
+    tail.extend(records.into_iter().flatten());
+    tail.extend(libxc::record(RecordKind::End, &[])?);
+    Ok(tail)
 }

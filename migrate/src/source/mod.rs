@@ -3,12 +3,14 @@
 //! [`machine`] decides what comes next and does nothing itself; [`driver`] does what it decides,
 //! against the traits of [`crate::hypervisor`]; [`precopy`] decides when to stop copying a
 //! running guest; [`pass`] sends one set of pages, [`batch`] some of them at a time; [`pv`] and
-//! [`hvm`] know the guests; [`workers`] are other processes that send batches.
+//! [`hvm`] know the guests; [`workers`] are other processes that send batches, `crew` is who of
+//! them has which.
 //!
 //! Not here: the suspend request (libxl's, asked for through `Toolstack::suspend`), the libxl
 //! stream around this one, and what happens to the domain afterwards.
 
 mod batch;
+mod crew;
 mod driver;
 mod hvm;
 pub mod machine;

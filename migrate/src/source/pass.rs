@@ -4,29 +4,48 @@
 //! motion, its frame cannot be mapped any more) is *put off*: its bit is remembered and it
 //! belongs to the last pass. In the last pass nothing can be put off: what has memory goes out,
 //! or the save fails. Stock drops a table there without a word; see `GuestError::Table`.
+//!
+//! A page that a lost link may have taken with it is sent *again*: with the next pass, or, in the
+//! last, in one more set of pages, until all that has been sent is confirmed.
+
+use std::iter::Peekable;
 
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, Result};
 use crate::frame::{PageType, Pfn};
-use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut, Toolstack};
+use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
 use crate::source::batch::{BatchSender, Outcome};
-use crate::source::workers::{Request, Workers};
+use crate::source::crew::{Crew, Noted};
+use crate::source::workers::Workers;
 use crate::stream::libxc::{self, PageEntry};
+use crate::stream::link;
+
+/// Pages of the smallest batch of several workers. A batch costs them a few messages and system
+/// calls, which is little beside this many pages.
+const BATCH_PAGES_MIN: usize = 16;
+/// Each worker's share of what is left of a pass goes out in so many batches at least, so that
+/// all are done at about the same time.
+const BATCHES_PER_SHARE: usize = 2;
+/// Pages in a 2 MiB extent, which the receiver gives to the guest in one piece if they all come in
+/// one record.
+const EXTENT_PAGES: usize = 512;
 
 /// One pass under way, and what outlives it.
 pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     pub(super) batches: BatchSender<'a, D, O>,
     pub(super) toolstack: &'a mut T,
     /// Who sends the batches; else this process does.
-    workers: Option<Box<dyn Workers>>,
-    /// Batches that the workers have.
-    under_way: usize,
+    crew: Option<Crew>,
+    /// Whether the receiver has been told of links, and so has to be told of passes.
+    offered: bool,
     /// Pages put off to the last pass.
     deferred: PageBitmap,
+    /// Pages that a lost link took with it.
+    again: PageBitmap,
     /// Pages that the receiver has heard of, and must be told when they vanish.
     sent: PageBitmap,
-    /// Bytes of the stream so far.
+    /// Bytes of the stream and of all links so far.
     pub(super) bytes: u64,
 }
 
@@ -55,9 +74,10 @@ where
         PassSender {
             batches,
             toolstack,
-            workers,
-            under_way: 0,
+            crew: workers.map(Crew::new),
+            offered: false,
             deferred: PageBitmap::new(pages),
+            again: PageBitmap::new(pages),
             sent: PageBitmap::new(pages),
             bytes: 0,
         }
@@ -72,29 +92,50 @@ where
         due
     }
 
-    /// Sends the pages of `set`. `last`: the guest is suspended, nothing may be put off.
+    /// Pages that are to be sent again; it is up to the caller to do that.
+    pub(super) fn take_again(&mut self) -> PageBitmap {
+        let pages = self.again.len();
+        std::mem::replace(&mut self.again, PageBitmap::new(pages))
+    }
+
+    /// The record that offers links to the receiver, if there can be any.
+    pub(super) fn offer(&mut self) -> Option<Vec<u8>> {
+        let record = self.crew.as_ref()?.offer()?.record();
+        self.offered = record.is_some();
+        record
+    }
+
+    /// Sends the pages of `set`. `last`: the guest is suspended, nothing may be put off, and when
+    /// it returns, the receiver has confirmed all that went over links. `meanwhile` is done while
+    /// the workers, if there are any, send the last batches.
     ///
     /// # Errors
     /// Xen's, the stream's, [`Error::Aborted`]; in the last pass also a page that cannot be sent.
-    pub(super) fn send(&mut self, pass: u32, set: &PageBitmap, last: bool) -> Result<()> {
+    pub(super) fn send(
+        &mut self,
+        pass: u32,
+        mut set: PageBitmap,
+        last: bool,
+        meanwhile: &mut dyn FnMut(&BatchSender<'a, D, O>) -> Result<()>,
+    ) -> Result<()> {
         let pages = PassPages { wanted: set.count(), ..PassPages::default() };
         let what = if last { "Frames".into() } else { format!("Frames iteration {pass}") };
         let mut progress = Progress { pass, last, what, pages, done: 0 };
         self.toolstack.event(&Event::PassStarted { pass, last, pages: pages.wanted });
         self.report(&progress);
-        let mut pfns = set.iter();
         loop {
-            let batch: Vec<Pfn> = pfns.by_ref().take(BATCH_PAGES_MAX).collect();
-            if batch.is_empty() {
+            self.send_set(&set, &mut progress)?;
+            meanwhile(&self.batches)?;
+            self.collect_all(&mut progress)?;
+            self.end_pass()?;
+            if last {
+                self.confirm(&mut progress)?;
+            }
+            if !last || self.again.count() == 0 {
                 break;
             }
-            if self.toolstack.aborted() {
-                return Err(Error::Aborted);
-            }
-            self.send_batch(batch, &mut progress)?;
-        }
-        while self.under_way > 0 {
-            self.collect(&mut progress)?;
+            set = self.take_again();
+            progress.pages.wanted += set.count();
         }
         self.toolstack.event(&Event::PassEnded {
             pass,
@@ -122,34 +163,99 @@ where
         self.toolstack.event(&Event::PassProgress { pass, done, pages, bytes });
     }
 
+    /// Sends all of `set`, or hands it to the workers.
+    fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
+        let mut left = usize::try_from(set.count()).unwrap_or(usize::MAX);
+        let mut pfns = set.iter().peekable();
+        loop {
+            self.take_news(false, progress)?;
+            let batch = next_batch(&mut pfns, self.batch_pages(left));
+            if batch.is_empty() {
+                return Ok(());
+            }
+            left = left.saturating_sub(batch.len());
+            self.send_batch(batch, progress)?;
+        }
+    }
+
+    /// How large the next batch should be, with `left` pages left.
+    fn batch_pages(&self, left: usize) -> usize {
+        match self.crew.as_ref().map_or(0, Crew::len) {
+            0 => BATCH_PAGES_MAX,
+            workers => (left / (BATCHES_PER_SHARE * workers)).max(BATCH_PAGES_MIN),
+        }
+    }
+
     /// Sends a batch, or hands it to the workers.
-    fn send_batch(&mut self, batch: Vec<Pfn>, progress: &mut Progress) -> Result<()> {
-        let Some(workers) = &mut self.workers else {
-            let outcome = self.batches.send(&batch, progress.last)?;
-            return self.note(&outcome, progress);
-        };
-        let depth = workers.depth();
-        let submitted = workers.submit(&Request { batch, last: progress.last });
-        submitted.map_err(|source| Error::Worker { what: "handing out work", source })?;
-        self.under_way += 1;
-        while self.under_way >= depth {
-            self.collect(progress)?;
+    fn send_batch(&mut self, mut batch: Vec<Pfn>, progress: &mut Progress) -> Result<()> {
+        while let Some(crew) = self.crew.as_mut().filter(|crew| crew.len() > 0) {
+            match crew.offer_batch(batch, progress.last) {
+                None => return Ok(()),
+                Some(back) => batch = back,
+            }
+            self.take_news(true, progress)?;
+        }
+        let outcome = self.batches.send(&batch, progress.last)?;
+        self.note(&outcome, progress)
+    }
+
+    /// Waits until no worker has a batch any more.
+    fn collect_all(&mut self, progress: &mut Progress) -> Result<()> {
+        while self.crew.as_ref().is_some_and(|crew| !crew.is_idle()) {
+            self.take_news(true, progress)?;
         }
         Ok(())
     }
 
-    /// Waits for one of the batches that the workers have.
-    fn collect(&mut self, progress: &mut Progress) -> Result<()> {
+    /// Tells the receiver that a pass has ended, and sends links on to the next.
+    fn end_pass(&mut self) -> Result<()> {
+        let Some(crew) = self.crew.as_mut().filter(|_| self.offered) else { return Ok(()) };
+        let (pass, links) = crew.end_pass();
+        self.write_record(&link::pass_end_record(pass, links)?, "writing the end of a pass")
+    }
+
+    /// Waits until the receiver has confirmed all that went over links; what it has not, because
+    /// a link is lost, has to be sent again.
+    fn confirm(&mut self, progress: &mut Progress) -> Result<()> {
+        if let Some(crew) = &mut self.crew {
+            crew.confirm();
+        }
+        self.collect_all(progress)
+    }
+
+    /// Takes what news there is of the workers; `wait` for some. Tells of an abort as well.
+    fn take_news(&mut self, mut wait: bool, progress: &mut Progress) -> Result<()> {
         if self.toolstack.aborted() {
             return Err(Error::Aborted);
         }
-        let Some(workers) = &mut self.workers else { return Ok(()) };
-        let reply = workers.collect().map_err(|source| match self.toolstack.aborted() {
-            true => Error::Aborted,
-            false => Error::Worker { what: "waiting for workers", source },
-        })?;
-        self.under_way = self.under_way.saturating_sub(1);
-        self.note(&reply.map_err(Error::Batch)?, progress)
+        while let Some(crew) = &mut self.crew {
+            let noted = crew.news(wait).map_err(|error| match self.toolstack.aborted() {
+                true => Error::Aborted,
+                false => error,
+            })?;
+            match noted {
+                None => break,
+                Some(noted) => self.act(noted, progress)?,
+            }
+            wait = false;
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, noted: Noted, progress: &mut Progress) -> Result<()> {
+        match noted {
+            Noted::Nothing => {}
+            Noted::Joined(link) => self.toolstack.event(&Event::LinkJoined { link }),
+            Noted::Done(outcome) => self.note(&outcome, progress)?,
+            Noted::Lost { link, pages, why } => {
+                self.write_record(&link::link_lost_record(link)?, "telling of a lost link")?;
+                pages.iter().for_each(|pfn| self.again.set(*pfn));
+                let text = format!("Connection {link} is lost: {why}");
+                self.toolstack.log(LogLevel::Warn, &text);
+                self.toolstack.event(&Event::LinkLost { link, why });
+            }
+        }
+        Ok(())
     }
 
     /// Remembers what has become of the pages of a batch, and tells the receiver what it must know.
@@ -189,10 +295,64 @@ where
             .chain(outcome.without_data.iter().copied())
             .filter(|e| self.sent.get(e.pfn) || e.kind == PageType::Broken)
             .collect();
-        if known.is_empty() {
+        if known.is_empty() || self.crew.as_mut().is_some_and(|crew| crew.tell(&known)) {
             return Ok(());
         }
         let head = libxc::page_data_head(&known)?;
         self.write_record(&head, "writing page data")
+    }
+}
+
+/// About `wanted` of the next pages, [`BATCH_PAGES_MAX`] at most. A large batch ends where a 2 MiB
+/// extent does.
+fn next_batch(pfns: &mut Peekable<impl Iterator<Item = Pfn>>, wanted: usize) -> Vec<Pfn> {
+    let extent = |pfn: Pfn| pfn.0 / EXTENT_PAGES as u64;
+    let wanted = wanted.min(BATCH_PAGES_MAX);
+    let mut batch: Vec<Pfn> = Vec::with_capacity(wanted);
+    while let Some(pfn) = pfns.next_if(|pfn| match batch.last() {
+        None => true,
+        Some(before) if wanted < EXTENT_PAGES || extent(*before) == extent(*pfn) => {
+            batch.len() < wanted
+        }
+        Some(_) => batch.len() + EXTENT_PAGES <= wanted,
+    }) {
+        batch.push(pfn);
+    }
+    batch
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn batches(pfns: &[u64], wanted: usize) -> Vec<Vec<u64>> {
+        let mut pfns = pfns.iter().map(|n| Pfn(*n)).peekable();
+        let next = || Some(next_batch(&mut pfns, wanted)).filter(|batch| !batch.is_empty());
+        let all = std::iter::from_fn(next);
+        all.map(|batch| batch.into_iter().map(|pfn| pfn.0).collect()).collect()
+    }
+
+    #[test]
+    fn large_batches_end_where_extents_do() {
+        let pfns: Vec<u64> = (100..3000).collect();
+        let firsts: Vec<u64> = batches(&pfns, 5000).iter().map(|batch| batch[0]).collect();
+        assert_eq!(firsts, [100, 1024, 2048]);
+        let firsts: Vec<u64> = batches(&pfns, 700).iter().map(|batch| batch[0]).collect();
+        assert_eq!(firsts, [100, 512, 1024, 1536, 2048, 2560]);
+    }
+
+    proptest! {
+        #[test]
+        fn all_pages_are_in_a_batch_in_order_and_none_is_too_large(
+            gaps in prop::collection::vec(1_u64..40, 0..3000),
+            wanted in 1_usize..3000,
+        ) {
+            let pfns: Vec<u64> = gaps.iter().scan(0, |at, gap| { *at += gap; Some(*at) }).collect();
+            let batches = batches(&pfns, wanted);
+            prop_assert!(batches.iter().all(|batch| batch.len() <= wanted.min(BATCH_PAGES_MAX)));
+            prop_assert_eq!(batches.concat(), pfns);
+        }
     }
 }

@@ -1,13 +1,17 @@
-//! Other processes that send batches: what they and the process that makes the passes say to each
-//! other.
+//! Workers that send batches, as the process that makes the passes and they see each other.
 //!
 //! The kernel holds a process's address-space lock for as long as it maps a batch, so threads
 //! would map one after the other; processes do not. They are the same program, so what they say
-//! ([`Request`], [`Reply`]) is nobody else's format. A worker that is free takes the next request,
-//! whichever that is; nothing orders batches of one pass, and between passes nothing is under way.
+//! ([`Request`], [`Reply`]) is nobody else's format.
 //!
-//! What it is not: processes, or the descriptors between them (`toolstack`). A stream that several
-//! write must take a batch in one piece; that is the business of their [`StreamOut`].
+//! A worker sends over the one stream, in turn with the others, or over a link of its own
+//! ([`crate::stream::link`]). It does one request after the other. What it sends over a link the
+//! receiver confirms, record by record; what is not confirmed when a link is lost is sent again
+//! over another way.
+//!
+//! What it is not: processes, or the descriptors between them (`toolstack`); who gets which batch
+//! (`crew`). A stream that several write must take a batch in one piece; that is the business of
+//! their [`StreamOut`].
 
 use std::io;
 
@@ -16,37 +20,92 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut};
+use crate::runs;
 use crate::source::batch::{BatchSender, Outcome, Space};
+use crate::stream::libxc::{self, PageEntry};
+use crate::stream::link::{self, Offer};
 
 /// Longest request or reply in bytes: every pfn of a batch with all its digits, twice over.
 pub const MESSAGE_BYTES_MAX: usize = 64 * BATCH_PAGES_MAX;
 
-/// A batch to send.
+/// One of the workers; a number that is not used again.
+pub type WorkerId = usize;
+
+/// What a worker is to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Request {
-    /// Its pages, at most [`BATCH_PAGES_MAX`].
-    pub batch: Vec<Pfn>,
-    /// The guest is suspended: nothing may be put off.
-    pub last: bool,
+pub enum Request {
+    /// Send a batch.
+    Batch {
+        /// Its pages, at most [`BATCH_PAGES_MAX`].
+        #[serde(with = "runs::pfns")]
+        pages: Vec<Pfn>,
+        /// The guest is suspended: nothing may be put off.
+        last: bool,
+    },
+    /// Tell the receiver of pages without data.
+    Entries(#[serde(with = "runs::entries")] Vec<PageEntry>),
+    /// What it sends from now on belongs to this pass. Only over a link.
+    Pass(u32),
+    /// Wait until all that it has sent is confirmed. Only over a link.
+    Confirm,
 }
 
-/// What became of a batch, or why it could not be sent.
-pub type Reply = std::result::Result<Outcome, String>;
+/// What became of a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// What became of the pages of a batch (no page of any other request), or why it failed.
+    pub done: std::result::Result<Outcome, Failure>,
+    /// Records that this worker has sent so far.
+    pub sent: u64,
+    /// Those of them that the receiver has confirmed.
+    pub confirmed: u64,
+}
+
+/// Why a request could not be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Failure {
+    /// The way to the receiver is broken.
+    Way(String),
+    /// Anything else.
+    Batch(String),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        match error {
+            Error::Stream { .. } => Failure::Way(error.chain()),
+            _ => Failure::Batch(error.chain()),
+        }
+    }
+}
+
+/// What the process that makes the passes learns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// A new worker, ready for requests; over which link it sends, if not over the stream.
+    Joined(WorkerId, Option<u8>),
+    /// The answer to the oldest request that this worker has.
+    Reply(WorkerId, Reply),
+    /// The worker is no more, and with it the requests that it had.
+    Ended(WorkerId, String),
+}
 
 /// The workers, as the process that makes the passes sees them.
 pub trait Workers {
-    /// How many requests should be under way, so that none of them waits for work.
-    fn depth(&self) -> usize;
-    /// Hands a request to the next worker that is free.
+    /// What the receiver is told, so that links can be made; `None`: there will be none.
+    fn offer(&self) -> Option<Offer>;
+    /// Hands a request to a worker. It never waits: there is room for a handful.
     ///
     /// # Errors
-    /// There is none any more.
-    fn submit(&mut self, request: &Request) -> io::Result<()>;
-    /// Waits for a reply to any request.
+    /// The worker has ended.
+    fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()>;
+    /// The next news; `wait` for some. `None` only if it does not wait.
     ///
     /// # Errors
-    /// A worker has ended, and with it the batch that it had.
-    fn collect(&mut self) -> io::Result<Reply>;
+    /// The system's; somebody wants an end of it all.
+    fn news(&mut self, wait: bool) -> io::Result<Option<News>>;
+    /// Ends a worker and closes its link. There is no news of it any more.
+    fn dismiss(&mut self, worker: WorkerId);
 }
 
 /// The process that makes the passes, as a worker sees it.
@@ -63,22 +122,79 @@ pub trait Employer {
     fn reply(&mut self, reply: &Reply) -> io::Result<()>;
 }
 
-/// Sends batches of `domain` to `out` until there are no more.
+/// What the receiver has said of the records that came over this way.
+pub trait Confirmed {
+    /// Number of records that it has confirmed. Does not wait.
+    ///
+    /// # Errors
+    /// The way is broken.
+    fn confirmed(&mut self) -> io::Result<u64>;
+    /// Waits until it has confirmed `records` of them.
+    ///
+    /// # Errors
+    /// The way is broken, or the receiver has been silent for too long.
+    fn wait_confirmed(&mut self, records: u64) -> io::Result<()>;
+}
+
+/// Does requests, sending pages of `domain` to `out`, until there are no more.
 ///
 /// # Errors
-/// Xen's, before there is any request, or the employer's. What goes wrong with a batch is only
+/// Xen's, before there is any request, or the employer's. What goes wrong with a request is only
 /// told.
 pub fn work<D, O>(domain: &D, out: &mut O, employer: &mut impl Employer) -> Result<()>
 where
     D: SourceDomain,
-    O: StreamOut<D::Pages>,
+    O: StreamOut<D::Pages> + Confirmed,
 {
     let talk = |source| Error::Worker { what: "talking to the save helper", source };
     let space = Space::open(domain, &domain.info()?)?;
-    let mut batches = BatchSender::new(domain, out, space);
+    let mut worker = Worker { batches: BatchSender::new(domain, out, space), sent: 0 };
     while let Some(request) = employer.next().map_err(talk)? {
-        let sent = batches.send(&request.batch, request.last);
-        employer.reply(&sent.map_err(|error| error.chain())).map_err(talk)?;
+        let done = worker.serve(request).map_err(Failure::from);
+        // A way that is broken shows it again where it matters.
+        let confirmed = worker.batches.out.confirmed().unwrap_or(0);
+        employer.reply(&Reply { done, sent: worker.sent, confirmed }).map_err(talk)?;
     }
     Ok(())
+}
+
+struct Worker<'a, D: SourceDomain, O> {
+    batches: BatchSender<'a, D, O>,
+    /// Records so far.
+    sent: u64,
+}
+
+impl<D, O> Worker<'_, D, O>
+where
+    D: SourceDomain,
+    O: StreamOut<D::Pages> + Confirmed,
+{
+    fn serve(&mut self, request: Request) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        match request {
+            Request::Batch { pages, last } => {
+                outcome = self.batches.send(&pages, last)?;
+                self.sent += outcome.records;
+            }
+            Request::Entries(entries) => {
+                let head = libxc::page_data_head(&entries)?;
+                self.write(&head, "writing page data")?;
+                self.sent += 1;
+                outcome.bytes = head.len() as u64;
+            }
+            Request::Pass(pass) => {
+                self.write(&link::pass_record(pass)?, "writing to a link")?;
+            }
+            Request::Confirm => {
+                let wait = self.batches.out.wait_confirmed(self.sent);
+                let what = "waiting for the receiver's confirmation";
+                wait.map_err(|source| Error::Stream { what, source })?;
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn write(&mut self, bytes: &[u8], what: &'static str) -> Result<()> {
+        self.batches.out.write_all(bytes).map_err(|source| Error::Stream { what, source })
+    }
 }

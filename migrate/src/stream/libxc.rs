@@ -124,10 +124,15 @@ pub enum RecordKind {
     StaticDataEnd = 0x10,
     X86CpuidPolicy = 0x11,
     X86MsrPolicy = 0x12,
+    // rxl's own (`super::link`): optional, so that others skip them.
+    RxlOffer = OPTIONAL | 0x5258_0001,
+    RxlPass = OPTIONAL | 0x5258_0002,
+    RxlPassEnd = OPTIONAL | 0x5258_0003,
+    RxlLinkLost = OPTIONAL | 0x5258_0004,
 }
 
 impl RecordKind {
-    pub(crate) const ALL: [RecordKind; 16] = [
+    pub(crate) const ALL: [RecordKind; 20] = [
         RecordKind::End,
         RecordKind::PageData,
         RecordKind::X86PvInfo,
@@ -144,6 +149,10 @@ impl RecordKind {
         RecordKind::StaticDataEnd,
         RecordKind::X86CpuidPolicy,
         RecordKind::X86MsrPolicy,
+        RecordKind::RxlOffer,
+        RecordKind::RxlPass,
+        RecordKind::RxlPassEnd,
+        RecordKind::RxlLinkLost,
     ];
 
     /// The number in the stream.
@@ -344,7 +353,7 @@ impl PageEntry {
         u64::from(self.kind.nibble()) << 60 | self.pfn.0 & PFN_MASK
     }
 
-    fn parse(entry: u64) -> Result<PageEntry, FormatError> {
+    pub(crate) fn parse(entry: u64) -> Result<PageEntry, FormatError> {
         let nibble = u8::try_from(entry >> 60).unwrap_or(0xf);
         let kind = PageType::from_nibble(nibble)
             .ok_or(FormatError::PageEntry { entry, why: "has a reserved type" })?;

@@ -3,17 +3,21 @@
 use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
-use crate::frame::{DomId, PageBuf};
+use crate::frame::DomId;
 use crate::hypervisor::{CpuPolicy, Domain, LogLevel, StreamIn, TargetDomain, Toolstack};
 use crate::report::Event as Report;
 use crate::stream::FormatError;
 use crate::stream::libxc::{
-    GuestKind, RECORD_HEADER_BYTES, RecordHeader, RecordKind, StreamHeader, parse_tsc_info,
+    GuestKind, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind, StreamHeader,
+    parse_tsc_info,
 };
+use crate::stream::link::{self, Offer};
+use crate::target::crew::Crew;
 use crate::target::guest::Guest;
 use crate::target::hvm::Hvm;
+use crate::target::links::Links;
 use crate::target::machine::{Action, Event, Machine};
-use crate::target::pages::Verification;
+use crate::target::pages::{Placer, Verification};
 use crate::target::pv::Pv;
 
 /// Bytes of a `xen_cpuid_leaf_t`.
@@ -64,6 +68,26 @@ where
     I: StreamIn<D::Pages>,
     T: Toolstack,
 {
+    restore_with(domain, input, toolstack, None, options)
+}
+
+/// The same as [`restore`]; if the stream offers links, `links` opens them.
+///
+/// # Errors
+/// As [`restore`].
+pub fn restore_with<'a, D, I, T>(
+    domain: &D,
+    input: &'a mut I,
+    toolstack: &mut T,
+    links: Option<Box<dyn Links + 'a>>,
+    options: &Options,
+) -> Result<Outcome>
+where
+    D: TargetDomain,
+    I: StreamIn<D::Pages>,
+    T: Toolstack,
+{
+    let crew = Crew::new(links);
     let mut reader = Reader::new(input);
     let header = StreamHeader::parse(reader.array("could not read the stream's header")?)?;
     let info = domain.info()?;
@@ -76,11 +100,11 @@ where
     let outcome = match header.guest {
         GuestKind::Pv => {
             let guest = Pv::new(domain, info)?;
-            Receiver::new(domain, &mut reader, toolstack, guest).run(&header, options)
+            Receiver::new(domain, &mut reader, toolstack, guest, crew).run(&header, options)
         }
         GuestKind::Hvm => {
             let guest = Hvm::new(domain);
-            Receiver::new(domain, &mut reader, toolstack, guest).run(&header, options)
+            Receiver::new(domain, &mut reader, toolstack, guest, crew).run(&header, options)
         }
     }?;
     log_end(toolstack, options, &outcome);
@@ -123,7 +147,7 @@ pub(super) struct Reader<'a, I, P> {
 }
 
 impl<'a, I: StreamIn<P>, P: crate::hypervisor::ForeignPages> Reader<'a, I, P> {
-    fn new(input: &'a mut I) -> Self {
+    pub(super) fn new(input: &'a mut I) -> Self {
         Reader { input, bytes: 0, pages: PhantomData }
     }
 
@@ -178,9 +202,10 @@ pub(super) struct Receiver<'a, 'b, D: Domain, I, T, G> {
     pub(super) reader: &'a mut Reader<'b, I, D::Pages>,
     pub(super) toolstack: &'a mut T,
     pub(super) guest: G,
-    /// Private copies of page tables, or of all pages while comparing; kept between batches.
-    pub(super) copies: Vec<Box<PageBuf>>,
-    pub(super) verification: Verification,
+    /// Those who place what comes over links.
+    crew: Crew<'b>,
+    placer: Placer<'a, D>,
+    verification: Verification,
     cpuid: Option<Vec<u8>>,
     msrs: Option<Vec<u8>>,
 }
@@ -197,13 +222,15 @@ where
         reader: &'a mut Reader<'b, I, D::Pages>,
         toolstack: &'a mut T,
         guest: G,
+        crew: Crew<'b>,
     ) -> Self {
         Receiver {
             domain,
             reader,
             toolstack,
             guest,
-            copies: Vec::new(),
+            crew,
+            placer: Placer::new(domain),
             verification: Verification::default(),
             cpuid: None,
             msrs: None,
@@ -230,6 +257,7 @@ where
                 }
                 Action::Pages { length, compare } => self.receive_pages(length, compare)?,
                 Action::Complete => {
+                    self.crew.dismiss();
                     self.verification.report(self.toolstack);
                     return self.guest.complete(options);
                 }
@@ -241,8 +269,15 @@ where
         if self.toolstack.aborted() {
             return Err(Error::Aborted);
         }
+        self.crew.serve_until_readable(&mut self.guest)?;
         let what = "could not read a record's header from the stream";
-        Ok(RecordHeader::parse(self.reader.array::<RECORD_HEADER_BYTES>(what)?)?)
+        let header = RecordHeader::parse(self.reader.array::<RECORD_HEADER_BYTES>(what)?)?;
+        // What links carry of earlier passes comes before all else of the stream.
+        let about_links = [RecordKind::RxlPassEnd, RecordKind::RxlLinkLost].map(ReadKind::Known);
+        if !about_links.contains(&header.kind) {
+            self.crew.serve_until_complete(&mut self.guest)?;
+        }
+        Ok(header)
     }
 
     fn apply(&mut self, kind: RecordKind, body: Vec<u8>) -> Result<()> {
@@ -253,9 +288,30 @@ where
             RecordKind::X86MsrPolicy => {
                 self.msrs = Some(policy_part(kind, body, MSR_ENTRY_BYTES)?);
             }
+            RecordKind::RxlOffer => {
+                if let Some(offer) = Offer::parse(&body)? {
+                    self.crew.open(&offer);
+                }
+            }
+            RecordKind::RxlPassEnd => {
+                let (pass, links) = link::parse_pass_end(&body)?;
+                self.crew.end_pass(pass, links)?;
+            }
+            RecordKind::RxlLinkLost => self.crew.lose(link::parse_link_lost(&body)?),
             RecordKind::X86TscInfo => self.domain.set_tsc_info(&parse_tsc_info(&body)?)?,
             kind => self.guest.record(kind, body)?,
         }
+        Ok(())
+    }
+
+    /// Places the pages of a record, or compares them with what has been placed.
+    fn receive_pages(&mut self, length: usize, compare: bool) -> Result<()> {
+        let Receiver { placer, reader, guest, verification, toolstack, .. } = self;
+        if !compare {
+            return placer.receive(reader, guest, length);
+        }
+        let bad = placer.compare(reader, guest, length)?;
+        bad.into_iter().for_each(|pfn| verification.note(pfn, *toolstack));
         Ok(())
     }
 

@@ -83,7 +83,12 @@ impl<D: TargetDomain> Guest for Hvm<'_, D> {
         memory::frames(&self.populated, pfns)
     }
 
-    /// There are none: `check` refuses them.
+    /// There are no tables: `check` refuses them.
+    fn resolve(&mut self, _pfns: &[Pfn]) -> Result<Vec<u64>> {
+        Err(Error::Unsupported("only a PV guest has page tables of its own"))
+    }
+
+    /// There are none.
     fn localise(&mut self, _tables: &mut [&mut PageBuf]) -> Result<()> {
         Ok(())
     }

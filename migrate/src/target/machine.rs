@@ -12,6 +12,7 @@
 //!   phase:  static ──STATIC_DATA_END──► memory ──vCPU, HVM or shared info──► state ──END──►
 //!           PV: X86_PV_INFO             PV: X86_PV_P2M_FRAMES, then pages
 //!           CPU policies                [VERIFY, then pages to compare]
+//!           [an offer of links]         [ends of passes, lost links]
 //! ```
 //!
 //! Streams of version 2 have no STATIC_DATA_END: there the first X86_PV_P2M_FRAMES (PV) or
@@ -23,6 +24,7 @@
 use crate::error::{Error, Result};
 use crate::stream::FormatError;
 use crate::stream::libxc::{GuestKind, ReadKind, RecordHeader, RecordKind, StreamHeader};
+use crate::stream::link::OFFER_BYTES_MAX;
 use crate::x86::pv::VCPU_CONTEXT_BYTES;
 
 /// A frame for each 512 pfns, for the 2^32 pfns that the record can express, after its range.
@@ -132,6 +134,7 @@ pub struct Machine {
     cpuid: bool,
     msrs: bool,
     p2m: bool,
+    offer: bool,
     compare: bool,
 }
 
@@ -148,6 +151,7 @@ impl Machine {
             cpuid: false,
             msrs: false,
             p2m: false,
+            offer: false,
             compare: false,
         }
     }
@@ -224,6 +228,9 @@ impl Machine {
             RecordKind::HvmContext => HVM_CONTEXT_BYTES_MAX,
             RecordKind::HvmParams => HVM_PARAMS_BYTES_MAX,
             RecordKind::X86CpuidPolicy | RecordKind::X86MsrPolicy => POLICY_BYTES_MAX,
+            RecordKind::RxlOffer => OFFER_BYTES_MAX,
+            RecordKind::RxlPass | RecordKind::RxlLinkLost => 8,
+            RecordKind::RxlPassEnd => 16,
         };
         if length > max {
             let why = "longer than a record of its kind may be";
@@ -291,6 +298,16 @@ impl Machine {
                 require(self.has_space(), kind, "comes before the memory")?;
                 self.phase = Phase::State;
             }
+            RecordKind::RxlOffer => {
+                require(phase == Phase::Static, kind, "comes after the static data")?;
+                require(!self.offer, kind, "comes twice")?;
+                self.offer = true;
+            }
+            RecordKind::RxlPassEnd | RecordKind::RxlLinkLost => {
+                self.require_memory(kind)?;
+                require(self.offer, kind, "comes without an offer of links")?;
+            }
+            RecordKind::RxlPass => require(false, kind, "is for links only")?,
             RecordKind::End => require(phase == Phase::State, kind, "comes before the state")?,
         }
         Ok(())

@@ -12,8 +12,8 @@ use crate::hypervisor::{
 };
 use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RecordKind, page_data_count, page_data_entries};
-use crate::target::driver::Receiver;
-use crate::target::guest::Guest;
+use crate::target::driver::Reader;
+use crate::target::guest::Memory;
 
 /// Most entries in a record. One that is full of pages has fewer than 2^15, by the limit that
 /// any record has; stock puts 1024 into each.
@@ -33,7 +33,7 @@ pub(super) struct Verification {
 }
 
 impl Verification {
-    fn note<T: Toolstack>(&mut self, pfn: Pfn, toolstack: &mut T) {
+    pub(super) fn note<T: Toolstack>(&mut self, pfn: Pfn, toolstack: &mut T) {
         self.bad += 1;
         self.first = Some(self.first.map_or(pfn, |first| first.min(pfn)));
         if self.bad <= VERIFY_LINES_MAX {
@@ -51,50 +51,65 @@ impl Verification {
     }
 }
 
-impl<D, I, T, G> Receiver<'_, '_, D, I, T, G>
-where
-    D: TargetDomain,
-    I: StreamIn<D::Pages>,
-    T: Toolstack,
-    G: Guest,
-{
-    /// Reads the body of a page-data record, `length` bytes, and places its pages, or compares
-    /// them with what has been placed.
-    pub(super) fn receive_pages(&mut self, length: usize, compare: bool) -> Result<()> {
-        let entries = self.read_entries(length)?;
-        for entry in &entries {
-            self.guest.check(entry)?;
-        }
-        let needy = entries.iter().filter(|entry| entry.kind.needs_memory());
-        self.guest.populate(needy.map(|entry| entry.pfn))?;
-        for entry in &entries {
-            self.guest.set_type(entry.pfn, entry.kind);
-        }
-        let data: Vec<PageEntry> = entries.into_iter().filter(|e| e.kind.has_data()).collect();
-        // A pfn may come again in a record, and its last occurrence counts: such are kept apart,
-        // for within a batch page tables are written after all else.
-        let ascending = data.chunk_by(|a, b| a.pfn < b.pfn);
-        for batch in ascending.flat_map(|run| run.chunks(BATCH_PAGES_MAX)) {
-            if compare { self.compare(batch)? } else { self.place(batch)? }
-        }
-        Ok(())
+/// Reads page data and places it. It keeps nothing of one record for the next but room.
+pub(super) struct Placer<'a, D> {
+    domain: &'a D,
+    /// Private copies of page tables, or of all pages while comparing.
+    copies: Vec<Box<PageBuf>>,
+}
+
+impl<'a, D: TargetDomain> Placer<'a, D> {
+    pub(super) fn new(domain: &'a D) -> Self {
+        Placer { domain, copies: Vec::new() }
     }
 
-    fn read_entries(&mut self, length: usize) -> Result<Vec<PageEntry>> {
-        let short = |why| FormatError::Length { kind: RecordKind::PageData.code(), length, why };
-        if length < 8 {
-            return Err(short("shorter than its count").into());
+    /// Reads the body of a page-data record, `length` bytes, and places its pages.
+    pub(super) fn receive<I, M>(
+        &mut self,
+        reader: &mut Reader<'_, I, D::Pages>,
+        memory: &mut M,
+        length: usize,
+    ) -> Result<()>
+    where
+        I: StreamIn<D::Pages>,
+        M: Memory,
+    {
+        let data = with_data(reader, memory, length)?;
+        batches(&data).try_for_each(|batch| self.place(reader, memory, batch))
+    }
+
+    /// Reads the body of a page-data record, and compares its pages with what has been placed:
+    /// those that differ.
+    pub(super) fn compare<I, M>(
+        &mut self,
+        reader: &mut Reader<'_, I, D::Pages>,
+        memory: &mut M,
+        length: usize,
+    ) -> Result<Vec<Pfn>>
+    where
+        I: StreamIn<D::Pages>,
+        M: Memory,
+    {
+        let data = with_data(reader, memory, length)?;
+        let mut bad = Vec::new();
+        for batch in batches(&data) {
+            bad.extend(self.compare_batch(reader, memory, batch)?);
         }
-        let count = page_data_count(self.reader.array(PAGES)?, length)?;
-        if count > ENTRIES_MAX {
-            return Err(short("more pages than a record may have here").into());
-        }
-        Ok(page_data_entries(&self.reader.vec(8 * count, PAGES)?, length)?)
+        Ok(bad)
     }
 
     /// Reads the pages of `batch`, whose pfns differ, into the guest.
-    fn place(&mut self, batch: &[PageEntry]) -> Result<()> {
-        let frames = self.guest.frames(batch.iter().map(|entry| entry.pfn))?;
+    fn place<I, M>(
+        &mut self,
+        reader: &mut Reader<'_, I, D::Pages>,
+        memory: &mut M,
+        batch: &[PageEntry],
+    ) -> Result<()>
+    where
+        I: StreamIn<D::Pages>,
+        M: Memory,
+    {
+        let frames = memory.frames(batch.iter().map(|entry| entry.pfn))?;
         let pages = self.domain.map(&frames, Access::ReadWrite)?;
         let is_table = |entry: &PageEntry| entry.kind.table_level().is_some();
         self.make_copies(batch.iter().filter(|entry| is_table(entry)).count());
@@ -104,8 +119,7 @@ where
             None => PageSlot::Mapped(index),
         };
         let mut slots: Vec<PageSlot<'_>> = batch.iter().enumerate().map(slot).collect();
-        read_pages(self.reader.input, &pages, &mut slots)?;
-        self.reader.bytes += (PAGE_SIZE * batch.len()) as u64;
+        read_pages(reader, &pages, &mut slots)?;
 
         let mut tables: Vec<(usize, &mut PageBuf)> = Vec::new();
         for (index, slot) in slots.into_iter().enumerate() {
@@ -115,35 +129,44 @@ where
         }
         let mut copies: Vec<&mut PageBuf> =
             tables.iter_mut().map(|(_, copy)| &mut **copy).collect();
-        self.guest.localise(&mut copies)?;
+        memory.localise(&mut copies)?;
         for (index, table) in tables {
             pages.write_page(index, table);
         }
         Ok(())
     }
 
-    /// Reads the pages of `batch` and compares them with the guest's.
-    fn compare(&mut self, batch: &[PageEntry]) -> Result<()> {
-        let frames = self.guest.frames(batch.iter().map(|entry| entry.pfn))?;
+    /// Reads the pages of `batch` and compares them with the guest's: those that differ.
+    fn compare_batch<I, M>(
+        &mut self,
+        reader: &mut Reader<'_, I, D::Pages>,
+        memory: &mut M,
+        batch: &[PageEntry],
+    ) -> Result<Vec<Pfn>>
+    where
+        I: StreamIn<D::Pages>,
+        M: Memory,
+    {
+        let frames = memory.frames(batch.iter().map(|entry| entry.pfn))?;
         let pages = self.domain.map(&frames, Access::Read)?;
         self.make_copies(batch.len());
         let slots = self.copies.iter_mut().map(|copy| PageSlot::Copied(copy));
         let mut slots: Vec<PageSlot<'_>> = slots.take(batch.len()).collect();
-        read_pages(self.reader.input, &pages, &mut slots)?;
-        self.reader.bytes += (PAGE_SIZE * batch.len()) as u64;
+        read_pages(reader, &pages, &mut slots)?;
 
         let both = batch.iter().zip(&mut self.copies);
         let tables = both.filter(|(entry, _)| matches!(entry.kind, PageType::Table { .. }));
         let mut tables: Vec<&mut PageBuf> = tables.map(|(_, copy)| &mut **copy).collect();
-        self.guest.localise(&mut tables)?;
+        memory.localise(&mut tables)?;
         let mut there = PageBuf::zeroed();
+        let mut bad = Vec::new();
         for (index, (entry, sent)) in batch.iter().zip(&self.copies).enumerate() {
             pages.read_page(index, &mut there);
             if there.0 != sent.0 {
-                self.verification.note(entry.pfn, self.toolstack);
+                bad.push(entry.pfn);
             }
         }
-        Ok(())
+        Ok(bad)
     }
 
     /// Sees to it that there are at least `count` private copies.
@@ -154,10 +177,52 @@ where
     }
 }
 
-fn read_pages<I, P>(input: &mut I, pages: &P, slots: &mut [PageSlot<'_>]) -> Result<()>
+/// Reads the entries of a record, prepares the guest for them, and returns those whose pages
+/// follow.
+fn with_data<I, P, M>(
+    reader: &mut Reader<'_, I, P>,
+    memory: &mut M,
+    length: usize,
+) -> Result<Vec<PageEntry>>
+where
+    I: StreamIn<P>,
+    P: ForeignPages,
+    M: Memory,
+{
+    let short = |why| FormatError::Length { kind: RecordKind::PageData.code(), length, why };
+    if length < 8 {
+        return Err(short("shorter than its count").into());
+    }
+    let count = page_data_count(reader.array(PAGES)?, length)?;
+    if count > ENTRIES_MAX {
+        return Err(short("more pages than a record may have here").into());
+    }
+    let mut entries = page_data_entries(&reader.vec(8 * count, PAGES)?, length)?;
+    memory.prepare(&entries)?;
+    entries.retain(|entry| entry.kind.has_data());
+    Ok(entries)
+}
+
+/// A pfn may come again in a record, and its last occurrence counts: such are kept apart, for
+/// within a batch page tables are written after all else.
+fn batches(data: &[PageEntry]) -> impl Iterator<Item = &[PageEntry]> {
+    let ascending = data.chunk_by(|a, b| a.pfn < b.pfn);
+    ascending.flat_map(|run| run.chunks(BATCH_PAGES_MAX))
+}
+
+fn read_pages<I, P>(
+    reader: &mut Reader<'_, I, P>,
+    pages: &P,
+    slots: &mut [PageSlot<'_>],
+) -> Result<()>
 where
     I: StreamIn<P>,
     P: ForeignPages,
 {
-    input.read_pages(pages, slots).map_err(|source| Error::Stream { what: PAGES, source })
+    reader
+        .input
+        .read_pages(pages, slots)
+        .map_err(|source| Error::Stream { what: PAGES, source })?;
+    reader.bytes += (PAGE_SIZE * slots.len()) as u64;
+    Ok(())
 }

@@ -108,6 +108,21 @@ impl<'a, D: TargetDomain> Pv<'a, D> {
         Ok(())
     }
 
+    /// Gives memory to those of `pfns`, which page tables refer to, that have none.
+    fn give_memory(&mut self, pfns: impl Iterator<Item = Pfn>) -> Result<()> {
+        let mut missing = Vec::new();
+        for pfn in pfns {
+            if pfn.0 >= self.p2m.end() {
+                let why = "a page table refers to a page outside of the guest's p2m";
+                return Err(content(RecordKind::PageData, why));
+            }
+            if self.p2m.mfn(pfn).is_none() {
+                missing.push(pfn);
+            }
+        }
+        self.populate(missing.into_iter())
+    }
+
     /// Writes the new p2m over the old one in the guest's memory.
     fn write_p2m(&self) -> Result<()> {
         let mut done = 0;
@@ -145,19 +160,14 @@ impl<D: TargetDomain> Guest for Pv<'_, D> {
         memory::frames(&self.p2m, pfns)
     }
 
-    /// A table may refer to pages that have not come yet; they get their memory now.
+    fn resolve(&mut self, pfns: &[Pfn]) -> Result<Vec<u64>> {
+        self.give_memory(pfns.iter().copied())?;
+        Guest::frames(self, pfns.iter().copied())
+    }
+
     fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
-        let mut missing = Vec::new();
-        for pfn in tables.iter().flat_map(|table| referenced(table)) {
-            if pfn.0 >= self.p2m.end() {
-                let why = "a page table refers to a page outside of the guest's p2m";
-                return Err(content(RecordKind::PageData, why));
-            }
-            if self.p2m.mfn(pfn).is_none() {
-                missing.push(pfn);
-            }
-        }
-        self.populate(missing.into_iter())?;
+        let pfns: Vec<Pfn> = tables.iter().flat_map(|table| referenced(table)).collect();
+        self.give_memory(pfns.into_iter())?;
         for table in tables {
             localise(table, |pfn| self.p2m.mfn(pfn).ok_or(GuestError::State(NO_MEMORY)))?;
         }

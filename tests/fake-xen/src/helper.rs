@@ -16,6 +16,7 @@ use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::target::{Options, Outcome};
 
 use crate::machine::Machine;
+use crate::ways::Ways;
 
 /// A helper that is silent for so long is stuck.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -76,6 +77,10 @@ pub struct Libxl {
     pub refuses_to_suspend: bool,
     /// Take a fingerprint of the guest when it is suspended.
     pub takes_fingerprint: bool,
+    /// How its environment tells rxl's helper to move memory.
+    pub ways: Ways,
+    /// Determines which workers are killed, if some are.
+    pub seed: u64,
 }
 
 /// How a helper ended.
@@ -161,6 +166,7 @@ impl Helper<'_> {
         command.args(["-c", START, "sh"]).arg(errors.path());
         command.arg(self.programs.path(self.program)).args(args);
         self.machine.furnish(&mut command, &self.programs.preload);
+        self.libxl.ways.tell(&mut command);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -169,6 +175,7 @@ impl Helper<'_> {
             .context("Cannot start the helper")?;
         // The stream's descriptor is the child's alone from here on.
         drop(command);
+        let _killer = self.libxl.ways.kill_workers(child.id(), self.libxl.seed);
         let mut ended = Conversation::new(self, &mut child)?.hold();
         if ended.is_err() {
             // It may be gone already.
@@ -248,7 +255,7 @@ impl<'a> Conversation<'a> {
             Message::Log { level, text, .. } if level >= LEVEL_ERROR => self.errors.push(text),
             Message::Log { .. } | Message::Progress { .. } => {}
             Message::Suspend => {
-                let Libxl { refuses_to_suspend, takes_fingerprint } = self.helper.libxl;
+                let Libxl { refuses_to_suspend, takes_fingerprint, .. } = self.helper.libxl;
                 let suspends = !refuses_to_suspend;
                 if suspends {
                     self.helper.domain.suspend();

@@ -35,6 +35,7 @@ mod migration;
 mod planted;
 mod stream;
 mod trouble;
+mod ways;
 mod wire;
 
 pub use bench::{Bench, Figure};
@@ -42,4 +43,6 @@ pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};
 pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};
 pub use planted::Planted;
+pub use stream::without_optional;
 pub use trouble::{Outcome, Weathered};
+pub use ways::Ways;

@@ -13,6 +13,7 @@ use rxl_migrate::hypervisor::Domain;
 
 use crate::helper::{Ended, Helper, Libxl, Program, Programs};
 use crate::machine::{Machine, MachineSpec};
+use crate::ways::Ways;
 
 /// Frames of a machine beyond those of its one guest.
 const SPARE_FRAMES: u64 = 4096;
@@ -97,6 +98,8 @@ pub struct Migration {
     pub size: Size,
     /// What every call of the helpers takes at least.
     pub call_delay: Duration,
+    /// How rxl's helpers move memory.
+    pub ways: Ways,
     /// Determines guest and machines, and all but the moments at which the guest acts.
     pub seed: u64,
 }
@@ -137,8 +140,8 @@ impl Migration {
         activity: Activity,
         seed: u64,
     ) -> Migration {
-        let (size, call_delay) = (Size::SMALL, Duration::ZERO);
-        Migration { from, to, guest, activity, size, call_delay, seed }
+        let (size, call_delay, ways) = (Size::SMALL, Duration::ZERO, Ways::Alone);
+        Migration { from, to, guest, activity, size, call_delay, ways, seed }
     }
 
     /// A machine with the guest.
@@ -219,8 +222,8 @@ impl Rig {
         let (to, restore_end) = UnixStream::pair().context("Cannot make a socket")?;
         thread::scope(|scope| {
             let wire = scope.spawn(|| carry(from, Some(to)));
-            let restore = scope
-                .spawn(|| self.helper(migration.to, target).restore(restore_end.into(), &WIRING));
+            let helper = self.helper_for(migration, migration.to, target);
+            let restore = scope.spawn(move || helper.restore(restore_end.into(), &WIRING));
             let saved = self.save(migration, source, save_end.into());
             let (restored, stream) = (joined(restore), joined(wire));
             Ok((saved?, restored?, stream?))
@@ -269,7 +272,18 @@ impl Rig {
             source.machine.host().run_guests(1 << source.calm);
             source.machine.run_guests(GUEST_PAUSE * (1 << source.calm))
         });
-        self.helper(migration.from, source).save(stream, live)
+        self.helper_for(migration, migration.from, source).save(stream, live)
+    }
+
+    fn helper_for<'a>(
+        &'a self,
+        migration: &Migration,
+        program: Program,
+        end: &'a End,
+    ) -> Helper<'a> {
+        let Migration { ways, seed, .. } = *migration;
+        let libxl = Libxl { ways, seed, ..Libxl::default() };
+        Helper { libxl, ..self.helper(program, end) }
     }
 
     pub(crate) fn helper<'a>(&'a self, program: Program, end: &'a End) -> Helper<'a> {

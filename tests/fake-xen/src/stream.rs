@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use rxl_migrate::frame::{PAGE_SIZE, PFN_MASK, PageType};
-use rxl_migrate::stream::libxc::{RECORD_HEADER_BYTES, RecordKind, StreamHeader, record};
+use rxl_migrate::stream::libxc::{OPTIONAL, RECORD_HEADER_BYTES, RecordKind, StreamHeader, record};
 
 /// Bytes before the entries of a page-data record.
 const PAGES_HEAD_BYTES: usize = 8;
@@ -36,6 +36,22 @@ pub(crate) struct Stream {
 
 /// Where a page is in a stream: record, and page within.
 pub(crate) type Place = (usize, usize);
+
+/// A libxc stream without its optional records: stock's receiver skips them, its verifier does not.
+///
+/// # Errors
+/// It is not a stream.
+pub fn without_optional(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut stream = Stream::parse(bytes)?;
+    stream.records.retain(|record| match record {
+        Record::Pages(_) => true,
+        Record::Other(record) => {
+            let kind = record.first_chunk().map_or(0, |kind| u32::from_le_bytes(*kind));
+            kind & OPTIONAL == 0
+        }
+    });
+    stream.to_bytes()
+}
 
 impl Stream {
     pub(crate) fn parse(bytes: &[u8]) -> Result<Stream> {

@@ -106,7 +106,7 @@ impl Rig {
         };
         plant(&trouble, &source);
         let refuses_to_suspend = trouble == Trouble::NoSuspend;
-        let libxl = Libxl { refuses_to_suspend, takes_fingerprint: true };
+        let libxl = Libxl { refuses_to_suspend, takes_fingerprint: true, ..Libxl::default() };
         let limit = if let Trouble::Cut(bytes) = trouble { bytes } else { usize::MAX };
         let (saved, stream) = self.save_with(&migration, &source, libxl, limit)?;
         source.machine.host().heal();

@@ -31,6 +31,7 @@ mod domain;
 mod foreign;
 mod grants;
 mod handle;
+mod link;
 mod policy;
 mod source;
 mod stream;
@@ -39,7 +40,8 @@ mod vcpu;
 
 pub use domain::LiveDomain;
 pub use foreign::Mapping;
-pub use stream::{FdIn, FdOut};
+pub use link::{Heartbeat, ReceivingLink, SendingLink};
+pub use stream::{FdIn, FdOut, Patience};
 
 /// `op` failed because of `source`.
 fn hv(op: &'static str, source: impl Into<io::Error>) -> HvError {

@@ -25,36 +25,58 @@ const PIECES_MAX: usize = 1024;
 
 /// A stream that is written to `fd`.
 #[derive(Debug)]
-pub struct FdOut<F> {
-    fd: F,
+pub struct FdOut<F, W = Patience> {
+    pub(super) fd: F,
+    pub(super) waiting: W,
 }
 
 /// A stream that is read from `fd`.
 #[derive(Debug)]
-pub struct FdIn<F> {
-    fd: F,
+pub struct FdIn<F, W = Patience> {
+    pub(super) fd: F,
+    pub(super) waiting: W,
 }
 
 impl<F: AsFd> FdOut<F> {
     /// Writes to `fd`, which stays open if it is borrowed.
     pub fn new(fd: F) -> FdOut<F> {
-        FdOut { fd }
+        FdOut { fd, waiting: Patience }
     }
 }
 
 impl<F: AsFd> FdIn<F> {
     /// Reads from `fd`, which stays open if it is borrowed.
     pub fn new(fd: F) -> FdIn<F> {
-        FdIn { fd }
+        FdIn { fd, waiting: Patience }
     }
 }
 
-impl<F: AsFd> StreamOut<Mapping> for FdOut<F> {
+/// What happens where a descriptor that does not block cannot go on.
+pub(super) trait Wait {
+    /// Waits until `fd` may go on in that direction, or until a signal.
+    fn wait(&mut self, fd: BorrowedFd<'_>, to: Direction) -> io::Result<()>;
+}
+
+/// Waits as long as it takes: whoever shares the descriptor may have made it so.
+#[derive(Debug)]
+pub struct Patience;
+
+impl Wait for Patience {
+    fn wait(&mut self, fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
+        match poll(&mut [PollFd::from_borrowed_fd(fd, to.readiness())], None) {
+            // A signal: the next transfer finds out what it was.
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+impl<F: AsFd, W: Wait> StreamOut<Mapping> for FdOut<F, W> {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut pieces = Pieces::default();
         pieces.push(bytes.as_ptr().cast_mut(), bytes.len());
         // SAFETY: `bytes` is borrowed until the end of the call, and only read.
-        unsafe { transfer(self.fd.as_fd(), Direction::Write, pieces) }
+        unsafe { transfer(self.fd.as_fd(), Direction::Write, pieces, &mut self.waiting) }
     }
 
     fn write_pages(
@@ -74,16 +96,16 @@ impl<F: AsFd> StreamOut<Mapping> for FdOut<F> {
         }
         // SAFETY: `head`, the copies and the mapping are borrowed until the end of the call; they
         // are only read.
-        unsafe { transfer(self.fd.as_fd(), Direction::Write, all) }
+        unsafe { transfer(self.fd.as_fd(), Direction::Write, all, &mut self.waiting) }
     }
 }
 
-impl<F: AsFd> StreamIn<Mapping> for FdIn<F> {
+impl<F: AsFd, W: Wait> StreamIn<Mapping> for FdIn<F, W> {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
         let mut pieces = Pieces::default();
         pieces.push(buf.as_mut_ptr(), buf.len());
         // SAFETY: `buf` is borrowed exclusively until the end of the call.
-        unsafe { transfer(self.fd.as_fd(), Direction::Read, pieces) }
+        unsafe { transfer(self.fd.as_fd(), Direction::Read, pieces, &mut self.waiting) }
     }
 
     fn read_pages(&mut self, pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
@@ -97,7 +119,7 @@ impl<F: AsFd> StreamIn<Mapping> for FdIn<F> {
         }
         // SAFETY: the copies are borrowed exclusively until the end of the call, the mapping is
         // borrowed as well, and no reference to its memory exists.
-        unsafe { transfer(self.fd.as_fd(), Direction::Read, all) }
+        unsafe { transfer(self.fd.as_fd(), Direction::Read, all, &mut self.waiting) }
     }
 }
 
@@ -119,10 +141,21 @@ impl Pieces {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Direction {
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
     Read,
     Write,
+}
+
+impl Direction {
+    /// What to wait for.
+    pub(super) fn readiness(self) -> PollFlags {
+        match self {
+            Direction::Read => PollFlags::IN,
+            Direction::Write => PollFlags::OUT,
+        }
+    }
 }
 
 /// Moves all of `pieces`.
@@ -130,7 +163,12 @@ enum Direction {
 /// # Safety
 /// Each piece is memory that may be read, or written for [`Direction::Read`], until this returns;
 /// no reference to what is written exists but the caller's own, which it does not use meanwhile.
-unsafe fn transfer(fd: BorrowedFd<'_>, to: Direction, mut pieces: Pieces) -> io::Result<()> {
+unsafe fn transfer(
+    fd: BorrowedFd<'_>,
+    to: Direction,
+    mut pieces: Pieces,
+    waiting: &mut impl Wait,
+) -> io::Result<()> {
     let mut rest = pieces.0.as_mut_slice();
     while !rest.is_empty() {
         let now = rest.get(..PIECES_MAX).unwrap_or(rest);
@@ -142,7 +180,7 @@ unsafe fn transfer(fd: BorrowedFd<'_>, to: Direction, mut pieces: Pieces) -> io:
             // Whatever the error: with the descriptor taken away it would be an odd one.
             Err(_) if abort::requested() => return Err(Errno::CANCELED.into()),
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => wait(fd, to)?,
+            Err(Errno::AGAIN) => waiting.wait(fd, to)?,
             Err(e) => return Err(e.into()),
         }
     }
@@ -186,19 +224,6 @@ fn advance(pieces: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
         first.iov_len -= moved;
     }
     rest
-}
-
-/// Waits until a descriptor that does not block can go on. Whoever shares it may have made it so.
-fn wait(fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
-    let flags = match to {
-        Direction::Read => PollFlags::IN,
-        Direction::Write => PollFlags::OUT,
-    };
-    match poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None) {
-        // A signal: the next transfer finds out what it was.
-        Ok(_) | Err(Errno::INTR) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     host::become_save_helper()?;
     let pipe = EventsPipe::new()?;
     host::pass_events(&pipe)?;
-    host::ask_for_workers(args.workers)?;
+    args.ways()?.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
     let guest = find_guest(&host, args)?;
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;

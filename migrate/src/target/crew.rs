@@ -1,0 +1,130 @@
+//! The process that restores, as the owner of all that the workers on links ask for.
+
+use crate::error::{Error, Result};
+use crate::frame::Pfn;
+use crate::stream::link::{LinkSet, Offer};
+use crate::target::guest::{Guest, Memory};
+use crate::target::links::{Answer, Ask, Links, Need};
+use crate::target::passes::Passes;
+
+/// The workers on links, if there may be any.
+pub(super) struct Crew<'a> {
+    links: Option<Box<dyn Links + 'a>>,
+    /// Whether any has been opened.
+    opened: bool,
+    passes: Passes,
+    /// Links that wait to be let into a pass.
+    waiting: Vec<(u8, u32)>,
+}
+
+impl<'a> Crew<'a> {
+    pub(super) fn new(links: Option<Box<dyn Links + 'a>>) -> Crew<'a> {
+        Crew { links, opened: false, passes: Passes::default(), waiting: Vec::new() }
+    }
+
+    /// Opens links, if this side can.
+    pub(super) fn open(&mut self, offer: &Offer) {
+        if let Some(links) = &mut self.links {
+            links.open(offer);
+            self.opened = true;
+        }
+    }
+
+    /// A pass has ended on the stream.
+    pub(super) fn end_pass(&mut self, pass: u32, links: LinkSet) -> Result<()> {
+        self.passes.end(pass, links)?;
+        self.let_in();
+        Ok(())
+    }
+
+    /// The sender has lost a link: nothing of it is applied any more, and nothing waits for it.
+    pub(super) fn lose(&mut self, link: u8) {
+        if let Some(links) = &mut self.links {
+            links.dismiss(link);
+        }
+        self.waiting.retain(|(waiting, _)| *waiting != link);
+        self.passes.lose(link);
+        self.let_in();
+    }
+
+    /// All workers are done: the guest's memory is complete.
+    pub(super) fn dismiss(&mut self) {
+        self.links = None;
+    }
+
+    /// Does what workers ask until the stream can be read.
+    pub(super) fn serve_until_readable<G: Guest>(&mut self, guest: &mut G) -> Result<()> {
+        while self.opened {
+            match self.wait(true)? {
+                None | Some(Need::Stream) => break,
+                Some(need) => self.serve(need, guest)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what workers ask until all passes that have ended on the stream are complete.
+    pub(super) fn serve_until_complete<G: Guest>(&mut self, guest: &mut G) -> Result<()> {
+        while !self.passes.are_complete() {
+            match self.wait(false)? {
+                None => return Err(Error::Batch("pages came over links that are not here".into())),
+                Some(need) => self.serve(need, guest)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, stream: bool) -> Result<Option<Need>> {
+        let Some(links) = self.links.as_mut().filter(|_| self.opened) else { return Ok(None) };
+        let what = "waiting for workers";
+        let need = links.wait(stream).map_err(|source| Error::Worker { what, source })?;
+        Ok(Some(need))
+    }
+
+    fn serve<G: Guest>(&mut self, need: Need, guest: &mut G) -> Result<()> {
+        match need {
+            Need::Stream => {}
+            Need::Ask(link, Ask::Prepare(entries)) => {
+                guest.prepare(&entries)?;
+                let data = entries.iter().filter(|entry| entry.kind.has_data());
+                let pfns: Vec<Pfn> = data.map(|entry| entry.pfn).collect();
+                let frames = Guest::frames(guest, pfns.into_iter())?;
+                self.answer(link, &Answer::Frames(frames));
+            }
+            Need::Ask(link, Ask::Resolve(pfns)) => {
+                let frames = guest.resolve(&pfns)?;
+                self.answer(link, &Answer::Frames(frames));
+            }
+            Need::Ask(link, Ask::Pass(pass)) => {
+                self.passes.come(link, pass)?;
+                self.waiting.push((link, pass));
+                self.let_in();
+            }
+            Need::Ask(_, Ask::Failed(why)) => return Err(Error::Batch(why)),
+            Need::Ended(link, why) => {
+                // The sender will notice, say so, and send again what is missing.
+                tracing::debug!(link, why, "the worker on a link has ended");
+                self.waiting.retain(|(waiting, _)| *waiting != link);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets workers into the passes that have come.
+    fn let_in(&mut self) {
+        let passes = &self.passes;
+        let (now, later): (Vec<_>, Vec<_>) =
+            self.waiting.drain(..).partition(|(_, pass)| passes.may_apply(*pass));
+        self.waiting = later;
+        now.into_iter().for_each(|(link, _)| self.answer(link, &Answer::GoOn));
+    }
+
+    /// A worker that has ended meanwhile is heard of later.
+    fn answer(&mut self, link: u8, answer: &Answer) {
+        if let Some(links) = &mut self.links
+            && let Err(error) = links.answer(link, answer)
+        {
+            tracing::debug!(link, %error, "the worker on a link takes no answer");
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! What comes over links: the workers that place it, and what they ask of the process that
+//! restores the domain.
+//!
+//! A worker only moves bytes. Which pfns have memory, where, and of which type they are is known in
+//! one place, the process that reads the stream: it gives memory, checks every entry, and lets no
+//! worker into a pass before its time. So whatever a worker is told by its peer goes through
+//! [`Ask`]. Both are the same program, so this is nobody else's format; what comes over the link is
+//! the peer's, and hostile.
+//!
+//! What it is not: processes, sockets, or the opening of connections (`toolstack`).
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::frame::{PageBuf, Pfn};
+use crate::hypervisor::{BATCH_PAGES_MAX, StreamIn, TargetDomain};
+use crate::runs;
+use crate::stream::FormatError;
+use crate::stream::libxc::{PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind};
+use crate::stream::link::{self, Offer};
+use crate::target::driver::Reader;
+use crate::target::guest::Memory;
+use crate::target::pages::Placer;
+use crate::x86::pv::{localise, referenced};
+
+/// Longest message in bytes: the frames of a batch with all their digits, or of those that a few
+/// page tables refer to.
+pub const MESSAGE_BYTES_MAX: usize = 64 * BATCH_PAGES_MAX;
+
+/// What could not be read, if a link ends early.
+const LINK: &str = "could not read from a link";
+
+/// What a worker asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ask {
+    /// To check these entries, give memory to their pages, and note their types; the frames of
+    /// those with data are wanted.
+    Prepare(#[serde(with = "runs::entries")] Vec<PageEntry>),
+    /// For the frames of pages that a page table refers to, which get memory if they have none.
+    Resolve(#[serde(with = "runs::pfns")] Vec<Pfn>),
+    /// To be let into this pass; all of the earlier ones is placed.
+    Pass(u32),
+    /// Nothing: it has to give up, for a reason that is not the link's.
+    Failed(String),
+}
+
+/// What it is answered. A question that has a bad answer ends the restore, and with it the worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    /// The frames, in order.
+    Frames(#[serde(with = "runs::frames")] Vec<u64>),
+    /// Go on.
+    GoOn,
+}
+
+/// What the process that restores has to attend to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// The stream can be read, or is at its end.
+    Stream,
+    /// The worker on this link asks.
+    Ask(u8, Ask),
+    /// The worker on this link is no more: why.
+    Ended(u8, String),
+}
+
+/// The workers, as the process that restores sees them. Dropping it ends them all.
+pub trait Links {
+    /// Starts to open what is offered, each with a worker of its own. What cannot be opened is no
+    /// error.
+    fn open(&mut self, offer: &Offer);
+    /// Waits until a worker needs something, or, with `stream`, until the stream can be read.
+    ///
+    /// # Errors
+    /// The system's.
+    fn wait(&mut self, stream: bool) -> io::Result<Need>;
+    /// Answers a worker.
+    ///
+    /// # Errors
+    /// It has ended.
+    fn answer(&mut self, link: u8, answer: &Answer) -> io::Result<()>;
+    /// Ends the worker on `link`: when this returns, it has no hand in the guest's memory any more.
+    /// There is no news of it either.
+    fn dismiss(&mut self, link: u8);
+}
+
+/// The process that restores, as a worker sees it.
+pub trait Owner {
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// Nobody is there any more.
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer>;
+}
+
+/// A link as its receiver sees it.
+pub trait LinkIn<P: crate::hypervisor::ForeignPages>: StreamIn<P> {
+    /// Confirms that so many records are applied.
+    ///
+    /// # Errors
+    /// The link is broken.
+    fn confirm(&mut self, records: u64) -> io::Result<()>;
+}
+
+/// Places what comes over the link `input` in the memory of `domain`, until the link ends. What
+/// is not the link's fault the owner is told.
+///
+/// # Errors
+/// The link's, or the owner's.
+pub fn work<D, I>(domain: &D, input: &mut I, owner: &mut impl Owner) -> Result<()>
+where
+    D: TargetDomain,
+    I: LinkIn<D::Pages>,
+{
+    let mut worker = Worker {
+        placer: Placer::new(domain),
+        reader: Reader::new(input),
+        memory: Asked { owner, frames: Vec::new() },
+        records: 0,
+    };
+    loop {
+        match worker.next() {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error @ (Error::Stream { .. } | Error::Worker { .. })) => return Err(error),
+            Err(error) => {
+                // If it cannot be told, there is nobody who could act on it.
+                let _ = worker.memory.owner.ask(&Ask::Failed(error.chain()));
+                return Err(error);
+            }
+        }
+    }
+}
+
+struct Worker<'a, 'b, D: TargetDomain, I, O> {
+    placer: Placer<'a, D>,
+    reader: Reader<'b, I, D::Pages>,
+    memory: Asked<'b, O>,
+    /// Records applied.
+    records: u64,
+}
+
+impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
+    /// Applies the next record; `false` where the link ends.
+    fn next(&mut self) -> Result<bool> {
+        let mut header = [0; RECORD_HEADER_BYTES];
+        match self.reader.input.read_exact(&mut header) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(source) => return Err(Error::Stream { what: LINK, source }),
+        }
+        let header = RecordHeader::parse(header)?;
+        match header.kind {
+            ReadKind::Known(RecordKind::PageData) => {
+                self.placer.receive(&mut self.reader, &mut self.memory, header.length)?;
+                self.records += 1;
+                let confirmed = self.reader.input.confirm(self.records);
+                confirmed
+                    .map_err(|source| Error::Stream { what: "confirming a record", source })?;
+            }
+            ReadKind::Known(RecordKind::RxlPass) if header.length == 8 => {
+                let pass = link::parse_pass(&self.reader.array::<8>(LINK)?)?;
+                self.memory.ask(&Ask::Pass(pass))?;
+            }
+            ReadKind::Known(kind) => {
+                let why = "is not for links";
+                return Err(FormatError::Order { kind: kind.code(), why }.into());
+            }
+            ReadKind::Optional(code) => return Err(FormatError::UnknownRecord(code).into()),
+        }
+        Ok(true)
+    }
+}
+
+/// Memory that another process knows.
+struct Asked<'a, O> {
+    owner: &'a mut O,
+    /// The frame of each pfn with data of the last record, in order.
+    frames: Vec<(Pfn, u64)>,
+}
+
+impl<O: Owner> Asked<'_, O> {
+    fn ask(&mut self, ask: &Ask) -> Result<Answer> {
+        let what = "asking the process that restores";
+        self.owner.ask(ask).map_err(|source| Error::Worker { what, source })
+    }
+
+    /// Asks for the frames of `pfns`.
+    fn frames_of(&mut self, ask: &Ask, pfns: &[Pfn]) -> Result<Vec<(Pfn, u64)>> {
+        match self.ask(ask)? {
+            Answer::Frames(frames) if frames.len() == pfns.len() => {
+                Ok(pfns.iter().copied().zip(frames).collect())
+            }
+            _ => Err(bug("an answer that does not fit")),
+        }
+    }
+}
+
+impl<O: Owner> Memory for Asked<'_, O> {
+    fn prepare(&mut self, entries: &[PageEntry]) -> Result<()> {
+        self.frames.clear();
+        for entries in entries.chunks(BATCH_PAGES_MAX) {
+            let data = entries.iter().filter(|entry| entry.kind.has_data());
+            let pfns: Vec<Pfn> = data.map(|entry| entry.pfn).collect();
+            let frames = self.frames_of(&Ask::Prepare(entries.to_vec()), &pfns)?;
+            self.frames.extend(frames);
+        }
+        // Stable: where a pfn comes twice, its frame is the same.
+        self.frames.sort_by_key(|(pfn, _)| *pfn);
+        Ok(())
+    }
+
+    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
+        pfns.map(|pfn| lookup(&self.frames, pfn)).collect()
+    }
+
+    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
+        for table in tables {
+            let mut pfns: Vec<Pfn> = referenced(table).collect();
+            pfns.sort_unstable();
+            pfns.dedup();
+            if pfns.is_empty() {
+                continue;
+            }
+            let frames = self.frames_of(&Ask::Resolve(pfns.clone()), &pfns)?;
+            localise(table, |pfn| lookup(&frames, pfn).map(crate::frame::Mfn))?;
+        }
+        Ok(())
+    }
+}
+
+fn lookup(frames: &[(Pfn, u64)], pfn: Pfn) -> Result<u64> {
+    let found = frames.binary_search_by_key(&pfn, |(pfn, _)| *pfn).ok();
+    let frame = found.and_then(|index| frames.get(index)).map(|(_, frame)| *frame);
+    frame.ok_or_else(|| bug("a frame that nobody asked for"))
+}
+
+fn bug(event: &'static str) -> Error {
+    Error::Machine { state: "placing pages of a link", event }
+}

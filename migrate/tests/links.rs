@@ -1,0 +1,145 @@
+//! A guest that is sent over several links arrives as it was, whichever of them break and when.
+
+#![allow(clippy::unwrap_used, reason = "what is not there is to stop the test")]
+
+mod common;
+
+use std::thread;
+
+use common::{Link, Pipe, Receivers, Senders, WIRING};
+use rxl_migrate::error::Error;
+use rxl_migrate::fake::{
+    FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Rng, compare,
+};
+use rxl_migrate::hypervisor::Domain;
+use rxl_migrate::report::Event;
+use rxl_migrate::source::{self, save_with};
+use rxl_migrate::target::restore_with;
+
+const LIVE: source::Options = source::Options { live: true, verify: false };
+const HOST_FRAMES: u64 = 8192;
+
+/// What came of a migration.
+struct Moved {
+    differences: Vec<String>,
+    joined: usize,
+    lost: usize,
+}
+
+/// Moves `source` over a stream and links that break after so many bytes.
+fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
+    let stream = Pipe::new(1 << 20, None);
+    let links: Vec<Link> = breaks.iter().map(|after| Link::new(*after)).collect();
+    let mut senders = Senders::new(source);
+    let joins = senders.offer(&links);
+    let info = source.info().unwrap();
+    let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
+    let target = host.create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
+    let receivers = Receivers::new(&target, &stream, &links, joins);
+    let receiver = {
+        let (target, mut stream) = (target.clone(), stream.clone());
+        thread::spawn(move || {
+            let mut toolstack = FakeToolstack::new(&target);
+            let links = Some(Box::new(receivers) as _);
+            let restored = restore_with(&target, &mut stream, &mut toolstack, links, &WIRING);
+            // A sender that waits for room is not to wait for ever.
+            if restored.is_err() {
+                stream.close();
+            }
+            restored
+        })
+    };
+    let mut toolstack = FakeToolstack::new(source);
+    let mut out = stream.clone();
+    let saved = save_with(source, &mut out, &mut toolstack, Some(Box::new(senders)), &LIVE);
+    stream.close();
+    let outcome = receiver.join().unwrap().unwrap();
+    saved.unwrap();
+    let count = |wanted: fn(&Event) -> bool| {
+        let events = toolstack.heard.iter();
+        events.filter(|heard| matches!(heard, Heard::Event(event) if wanted(event))).count()
+    };
+    assert_eq!(host.mapped_pages(), 0, "a worker holds guest memory");
+    Moved {
+        differences: compare(source, &target, &WIRING, &outcome),
+        joined: count(|event| matches!(event, Event::LinkJoined { .. })),
+        lost: count(|event| matches!(event, Event::LinkLost { .. })),
+    }
+}
+
+fn guest(seed: u64) -> FakeDomain {
+    let host = Host::new(HOST_FRAMES, seed);
+    if seed.is_multiple_of(2) {
+        let guest = HvmSpec { pages: 5000, seed }.build(&host);
+        host.run_guests(7);
+        return guest;
+    }
+    let p2m = if seed % 4 == 1 { P2mKind::Linear } else { P2mKind::Tree };
+    let (one_hole_in, long_tail) = (20, false);
+    let (vcpus, processes) = (3, 3);
+    let spec = PvSpec { pages: 4000, one_hole_in, p2m, long_tail, vcpus, processes, seed };
+    let guest = spec.build(&host);
+    host.run_guests(50);
+    guest
+}
+
+#[test]
+fn a_guest_that_writes_arrives_as_it_was_over_any_number_of_links() {
+    for seed in 0..4 {
+        for links in [1, 2, 5] {
+            let moved = moved(&guest(seed), &vec![None; links], seed);
+            assert_eq!(moved.differences, [""; 0], "{links} links, {seed}");
+            assert_eq!((moved.joined, moved.lost), (links, 0), "{links} links, {seed}");
+        }
+    }
+}
+
+#[test]
+fn links_that_break_at_any_byte_cost_nothing_but_time() {
+    let mut lost = 0;
+    for seed in 100..124 {
+        let mut rng = Rng::new(seed);
+        let breaks: Vec<Option<usize>> = (0..3)
+            .map(|_| match rng.next() % 4 {
+                0 => None,
+                // In the hello, in the first records, in later passes.
+                1 => Some((rng.next() % 10_000) as usize),
+                _ => Some((rng.next() % (10 << 20)) as usize),
+            })
+            .collect();
+        let moved = moved(&guest(seed), &breaks, seed);
+        assert_eq!(moved.differences, [""; 0], "{breaks:?}, {seed}");
+        lost += moved.lost;
+    }
+    assert!(lost > 12, "only {lost} links were lost");
+}
+
+/// The receiver fails, whatever the sender does over links: it must not go on without the pages.
+#[test]
+fn what_a_link_brings_that_cannot_be_applied_ends_both_ends() {
+    let source = guest(2);
+    let stream = Pipe::new(1 << 20, None);
+    let links = [Link::new(None), Link::new(None)];
+    let mut senders = Senders::new(&source);
+    let joins = senders.offer(&links);
+    // No memory for a guest of this size.
+    let host = Host::new(1024, 1);
+    let target = host.create(true, 5600, 1);
+    let receivers = Receivers::new(&target, &stream, &links, joins);
+    let receiver = {
+        let (target, mut stream) = (target.clone(), stream.clone());
+        thread::spawn(move || {
+            let mut toolstack = FakeToolstack::new(&target);
+            let links = Some(Box::new(receivers) as _);
+            let restored = restore_with(&target, &mut stream, &mut toolstack, links, &WIRING);
+            stream.close();
+            restored.map(|_| ())
+        })
+    };
+    let mut toolstack = FakeToolstack::new(&source);
+    let mut out = stream.clone();
+    let saved = save_with(&source, &mut out, &mut toolstack, Some(Box::new(senders)), &LIVE);
+    assert!(matches!(receiver.join().unwrap(), Err(Error::Hv(_))));
+    assert!(matches!(saved, Err(Error::Stream { .. })), "{saved:?}");
+    assert!(!source.is_logging() && source.is_running());
+}

@@ -1,0 +1,179 @@
+//! The receiver's workers: each opens a link to the sender, and places what comes over it in the
+//! guest's memory.
+//!
+//! What they say is [`rxl_migrate::target::links`]'s, after a first message with the offer: a
+//! secret is not for a command line.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::process::Stdio;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rxl_migrate::frame::DomId;
+use rxl_migrate::stream::link::Offer;
+use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner, work};
+use serde::{Deserialize, Serialize};
+
+use crate::doorman::open_link;
+use crate::messages;
+use crate::worker::{Worker, become_worker};
+use crate::xc::{Heartbeat, LiveDomain, ReceivingLink};
+
+/// The first argument of a worker's command line: then comes the domain's number.
+pub const ARGUMENT: &str = "--restore-worker";
+
+/// What a worker is told first.
+#[derive(Debug, Serialize, Deserialize)]
+struct Assignment {
+    offer: Offer,
+    link: u8,
+}
+
+/// The workers of this process. Dropping it ends them.
+#[derive(Debug)]
+pub struct Openers<'a> {
+    program: OsString,
+    domain: DomId,
+    stream: BorrowedFd<'a>,
+    workers: BTreeMap<u8, Worker>,
+    needs: VecDeque<Need>,
+}
+
+impl<'a> Openers<'a> {
+    /// None yet. `program` is the one that has [`run`] behind [`ARGUMENT`]; `stream` is what is
+    /// waited for beside the workers.
+    #[must_use]
+    pub fn new(program: OsString, domain: DomId, stream: BorrowedFd<'a>) -> Openers<'a> {
+        let (workers, needs) = (BTreeMap::new(), VecDeque::new());
+        Openers { program, domain, stream, workers, needs }
+    }
+
+    fn start(&self, offer: &Offer, link: u8) -> io::Result<Worker> {
+        let args = [ARGUMENT, &self.domain.to_string()];
+        let worker = Worker::process(&self.program, &args, Stdio::null())?;
+        messages::send(worker.socket(), &Assignment { offer: offer.clone(), link })?;
+        Ok(worker)
+    }
+
+    /// Waits, and notes what is needed. `stream`: for the stream, too, which comes last.
+    fn poll(&mut self, stream: bool) -> io::Result<()> {
+        let stream = stream.then_some(self.stream);
+        let mut all: Vec<PollFd<'_>> = self
+            .workers
+            .values()
+            .map(Worker::socket)
+            .chain(stream)
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        match poll(&mut all, None) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let ready: Vec<bool> = all.iter().map(|one| !one.revents().is_empty()).collect();
+        let (workers, stream) = ready.split_at(self.workers.len());
+        let links = self.workers.keys().zip(workers).filter(|(_, ready)| **ready);
+        for link in links.map(|(link, _)| *link).collect::<Vec<u8>>() {
+            self.hear(link)?;
+        }
+        if stream.contains(&true) {
+            self.needs.push_back(Need::Stream);
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, link: u8) -> io::Result<()> {
+        let Some(worker) = self.workers.get_mut(&link) else { return Ok(()) };
+        self.needs.push_back(match messages::receive::<Ask>(worker.socket())? {
+            Some(ask) => Need::Ask(link, ask),
+            None => {
+                let why = worker.why_ended();
+                self.workers.remove(&link);
+                Need::Ended(link, why)
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Links for Openers<'_> {
+    fn open(&mut self, offer: &Offer) {
+        for link in 0..offer.links {
+            match self.start(offer, link) {
+                Ok(worker) => {
+                    self.workers.insert(link, worker);
+                }
+                Err(error) => tracing::warn!(link, %error, "no worker for a link"),
+            }
+        }
+    }
+
+    fn wait(&mut self, stream: bool) -> io::Result<Need> {
+        loop {
+            // What was noted of the stream is not true any more.
+            if !stream {
+                self.needs.retain(|need| *need != Need::Stream);
+            }
+            if let Some(need) = self.needs.pop_front() {
+                return Ok(need);
+            }
+            if !stream && self.workers.is_empty() {
+                return Err(io::Error::other("all workers have ended"));
+            }
+            self.poll(stream)?;
+        }
+    }
+
+    fn answer(&mut self, link: u8, answer: &Answer) -> io::Result<()> {
+        let worker = self.workers.get(&link).ok_or(ErrorKind::NotFound)?;
+        messages::send(worker.socket(), answer)
+    }
+
+    fn dismiss(&mut self, link: u8) {
+        self.workers.remove(&link);
+        self.needs.retain(|need| match need {
+            Need::Ask(of, _) | Need::Ended(of, _) => *of != link,
+            Need::Stream => true,
+        });
+    }
+}
+
+/// A worker's end of the socket.
+struct Socket<F> {
+    socket: F,
+    heartbeat: Heartbeat,
+}
+
+impl<F: AsFd> Owner for Socket<F> {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        messages::send(self.socket.as_fd(), ask)?;
+        self.heartbeat.wait_for(self.socket.as_fd(), PollFlags::IN)?;
+        messages::receive(self.socket.as_fd())?.ok_or(ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// What a process does that was started with [`ARGUMENT`] and `args` after it: opens the link that
+/// it is told, and places what comes over it until it ends.
+///
+/// # Errors
+/// The arguments are not those of a worker; the link cannot be opened; whatever ends it early.
+pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
+    let failed = |what| move |source| rxl_migrate::Error::Worker { what, source };
+    become_worker().map_err(failed("becoming a worker"))?;
+    let domain = args.first().and_then(|text| text.parse().ok()).map(DomId);
+    let domain = domain.ok_or(rxl_migrate::Error::Unsupported("a worker without a domain"))?;
+    let stdin = io::stdin();
+    let assignment = messages::receive::<Assignment>(stdin.as_fd());
+    let Some(Assignment { offer, link }) = assignment.map_err(failed("being told what to do"))?
+    else {
+        return Ok(());
+    };
+    let link = open_link(&offer, link).and_then(ReceivingLink::new);
+    let mut link = link.map_err(failed("opening a connection to the sender"))?;
+    let domain = LiveDomain::open(domain)?;
+    let mut owner = Socket { socket: stdin.as_fd(), heartbeat: link.heartbeat() };
+    work(&domain, &mut link, &mut owner)
+}

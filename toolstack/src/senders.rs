@@ -1,0 +1,424 @@
+//! The sender's workers: they map and send batches, so that the kernel's lock on one address space
+//! does not keep all cores but one waiting.
+//!
+//! Workers of the stream share it: whoever writes a batch takes the *turn*, a semaphore of the
+//! kernel (eventfd(2)), for as long as it writes. While one writes, the others map. (A ring
+//! between mappers and one writer would do the same with one more copy.) A worker of a link has it
+//! to itself, and is started when the link comes in ([`crate::doorman`]).
+//!
+//! What they say is [`rxl_migrate::source::workers`]'s; who gets which batch is decided there.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::Stdio;
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::{ForeignPages, PagePiece, StreamOut};
+use rxl_migrate::source::workers::{
+    Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
+};
+use rxl_migrate::stream::link::Offer;
+
+use crate::abort;
+use crate::doorman::Doorman;
+use crate::messages;
+use crate::worker::{Mode, Worker, become_worker};
+use crate::xc::{FdOut, LiveDomain, SendingLink};
+
+/// The first argument of a worker's command line: then come the domain's number, and the turn's,
+/// or [`LINK`].
+pub const ARGUMENT: &str = "--save-worker";
+/// In the place of a turn: standard output is a link.
+const LINK: &str = "link";
+/// Most workers of the stream.
+pub const WORKERS_MAX: u8 = 64;
+/// How long to wait at most while a connection may have to be closed.
+const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
+/// The right to write to the stream, which one worker has at a time.
+#[derive(Clone, Debug)]
+pub struct Turn(Arc<OwnedFd>);
+
+impl Turn {
+    fn new() -> io::Result<Turn> {
+        Ok(Turn(Arc::new(eventfd(1, EventfdFlags::SEMAPHORE | EventfdFlags::CLOEXEC)?)))
+    }
+
+    fn take(&self) -> io::Result<()> {
+        let mut count = [0; 8];
+        loop {
+            match rustix::io::read(&*self.0, &mut count) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) if !abort::requested() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn give(&self) -> io::Result<()> {
+        rustix::io::write(&*self.0, &1_u64.to_ne_bytes())?;
+        Ok(())
+    }
+}
+
+/// A stream that several workers write, piece by piece.
+#[derive(Debug)]
+pub struct SharedOut<O> {
+    out: O,
+    /// `None`: nobody else writes.
+    turn: Option<Turn>,
+}
+
+impl<O> SharedOut<O> {
+    /// Writes to `out` when it has the turn, if there is one.
+    pub fn new(out: O, turn: Option<Turn>) -> SharedOut<O> {
+        SharedOut { out, turn }
+    }
+
+    fn in_turn(&mut self, write: impl FnOnce(&mut O) -> io::Result<()>) -> io::Result<()> {
+        let Some(turn) = &self.turn else { return write(&mut self.out) };
+        turn.take()?;
+        // After an error the stream is worthless, and nobody gets the turn any more.
+        write(&mut self.out)?;
+        turn.give()
+    }
+}
+
+impl<P: ForeignPages, O: StreamOut<P>> StreamOut<P> for SharedOut<O> {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.in_turn(|out| out.write_all(bytes))
+    }
+
+    fn write_pages(&mut self, head: &[u8], pages: &P, pieces: &[PagePiece<'_>]) -> io::Result<()> {
+        self.in_turn(|out| out.write_pages(head, pages, pieces))
+    }
+}
+
+/// Nobody confirms what is in the stream: it arrives, or the migration fails.
+impl<O> Confirmed for SharedOut<O> {
+    fn confirmed(&mut self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
+    fn wait_confirmed(&mut self, _records: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Workers to have.
+#[derive(Debug)]
+pub struct Staff<'a> {
+    /// The program that has [`run`] behind [`ARGUMENT`].
+    pub program: OsString,
+    /// Whose pages are sent.
+    pub domain: DomId,
+    /// What workers are.
+    pub mode: Mode,
+    /// How many share the stream; 0: nobody, links only.
+    pub count: u8,
+    /// The stream.
+    pub stream: BorrowedFd<'a>,
+    /// Where links come in, if they may.
+    pub doorman: Option<Doorman>,
+}
+
+/// The workers of this process. Dropping it ends them.
+#[derive(Debug)]
+pub struct Pool {
+    program: OsString,
+    domain: DomId,
+    mode: Mode,
+    turn: Turn,
+    doorman: Option<Doorman>,
+    workers: BTreeMap<WorkerId, Worker>,
+    /// The number of the next one.
+    next: WorkerId,
+    news: VecDeque<News>,
+}
+
+impl Pool {
+    /// Starts the workers of the stream. To be called while there is one thread.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn start(staff: Staff<'_>) -> io::Result<Pool> {
+        let Staff { program, domain, mode, count, stream, doorman } = staff;
+        let (workers, news) = (BTreeMap::new(), VecDeque::new());
+        let turn = Turn::new()?;
+        let mut pool = Pool { program, domain, mode, turn, doorman, workers, next: 0, news };
+        for _ in 0..count {
+            let worker = pool.stream_worker(stream.try_clone_to_owned()?)?;
+            pool.employ(worker, None);
+        }
+        Ok(pool)
+    }
+
+    /// What this process needs to write to the stream too.
+    #[must_use]
+    pub fn turn(&self) -> Turn {
+        self.turn.clone()
+    }
+
+    fn employ(&mut self, worker: Worker, link: Option<u8>) {
+        self.workers.insert(self.next, worker);
+        self.news.push_back(News::Joined(self.next, link));
+        self.next += 1;
+    }
+
+    fn stream_worker(&self, stream: OwnedFd) -> io::Result<Worker> {
+        let (domain, turn) = (self.domain, self.turn.clone());
+        match self.mode {
+            Mode::Process => {
+                fcntl_setfd(&turn.0, FdFlags::empty())?;
+                let (id, number) = (domain.to_string(), turn.0.as_raw_fd().to_string());
+                let args = [ARGUMENT, &id, &number];
+                let worker = Worker::process(&self.program, &args, Stdio::from(stream));
+                fcntl_setfd(&turn.0, FdFlags::CLOEXEC)?;
+                worker
+            }
+            Mode::Thread => Worker::thread(None, move |socket| {
+                let out = SharedOut::new(FdOut::new(stream), Some(turn));
+                say_if_failed(serve(domain, out, &socket));
+            }),
+        }
+    }
+
+    fn link_worker(&self, connection: OwnedFd) -> io::Result<Worker> {
+        let domain = self.domain;
+        match self.mode {
+            Mode::Process => {
+                let args = [ARGUMENT, &domain.to_string(), LINK];
+                Worker::process(&self.program, &args, Stdio::from(connection))
+            }
+            Mode::Thread => Worker::thread(Some(connection.try_clone()?), move |socket| {
+                let served = SendingLink::new(connection).map_err(rxl_migrate_error);
+                say_if_failed(served.and_then(|out| serve(domain, out, &socket)));
+            }),
+        }
+    }
+
+    /// Waits for anything, or only looks; whether there was anything.
+    fn poll(&mut self, wait: bool) -> io::Result<bool> {
+        let doorman = self.doorman.as_ref();
+        let doors = doorman.map_or(0, |doorman| doorman.descriptors().count());
+        let mut all: Vec<PollFd<'_>> = doorman
+            .into_iter()
+            .flat_map(Doorman::descriptors)
+            .chain(self.workers.values().map(Worker::socket))
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let timeout = match (wait, doors) {
+            (false, _) => Some(&nothing),
+            (true, 0) => None,
+            (true, _) => Some(&TICK),
+        };
+        match poll(&mut all, timeout) {
+            Ok(_) => {}
+            Err(Errno::INTR) if !abort::requested() => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
+        let ready: Vec<bool> = all.iter().map(|one| !one.revents().is_empty()).collect();
+        let (at_door, at_work) = ready.split_at(doors);
+        let workers = self.workers.keys().zip(at_work).filter(|(_, ready)| **ready);
+        let workers: Vec<WorkerId> = workers.map(|(worker, _)| *worker).collect();
+        if at_door.contains(&true) || (wait && doors > 0) {
+            self.let_in();
+        }
+        for worker in &workers {
+            self.hear(*worker)?;
+        }
+        Ok(!self.news.is_empty())
+    }
+
+    /// Starts a worker for each link that has come.
+    fn let_in(&mut self) {
+        let come = self.doorman.as_mut().map(Doorman::attend).unwrap_or_default();
+        for (link, connection) in come {
+            match self.link_worker(connection) {
+                Ok(worker) => self.employ(worker, Some(link)),
+                Err(error) => tracing::warn!(link, %error, "no worker for a connection"),
+            }
+        }
+    }
+
+    fn hear(&mut self, id: WorkerId) -> io::Result<()> {
+        let Some(worker) = self.workers.get_mut(&id) else { return Ok(()) };
+        self.news.push_back(match messages::receive::<Reply>(worker.socket())? {
+            Some(reply) => News::Reply(id, reply),
+            None => {
+                let why = worker.why_ended();
+                self.workers.remove(&id);
+                News::Ended(id, why)
+            }
+        });
+        Ok(())
+    }
+}
+
+impl Workers for Pool {
+    fn offer(&self) -> Option<Offer> {
+        self.doorman.as_ref().map(|doorman| doorman.offer().clone())
+    }
+
+    fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()> {
+        let worker = self.workers.get(&worker).ok_or(io::ErrorKind::NotFound)?;
+        messages::send(worker.socket(), request)
+    }
+
+    fn news(&mut self, wait: bool) -> io::Result<Option<News>> {
+        while self.news.is_empty() && (self.poll(wait)? || wait) {}
+        Ok(self.news.pop_front())
+    }
+
+    fn dismiss(&mut self, worker: WorkerId) {
+        self.workers.remove(&worker);
+        self.news.retain(|news| match news {
+            News::Joined(of, _) | News::Reply(of, _) | News::Ended(of, _) => *of != worker,
+        });
+    }
+}
+
+/// A worker's end of the socket.
+#[derive(Debug)]
+struct Socket<F>(F);
+
+impl<F: AsFd> Employer for Socket<F> {
+    fn next(&mut self) -> io::Result<Option<Request>> {
+        messages::receive(self.0.as_fd())
+    }
+
+    fn reply(&mut self, reply: &Reply) -> io::Result<()> {
+        messages::send(self.0.as_fd(), reply)
+    }
+}
+
+fn serve<O>(domain: DomId, mut out: O, socket: impl AsFd) -> rxl_migrate::Result<()>
+where
+    O: StreamOut<crate::xc::Mapping> + Confirmed,
+{
+    let domain = LiveDomain::open(domain)?;
+    work(&domain, &mut out, &mut Socket(socket))
+}
+
+fn rxl_migrate_error(source: io::Error) -> rxl_migrate::Error {
+    rxl_migrate::Error::Worker { what: "making a link usable", source }
+}
+
+/// The end of the thread is what its owner notices; why goes to the log.
+fn say_if_failed(result: rxl_migrate::Result<()>) {
+    if let Err(error) = result {
+        tracing::warn!("a worker has failed: {}", error.chain());
+    }
+}
+
+/// What a process does that was started with [`ARGUMENT`] and `args` after it: sends batches until
+/// its standard input ends.
+///
+/// # Errors
+/// The arguments are not those of a worker; whatever ends it early.
+pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
+    let what = "starting a worker";
+    let failed = |source| rxl_migrate::Error::Worker { what, source };
+    let wrong = || failed(io::ErrorKind::InvalidInput.into());
+    become_worker().map_err(failed)?;
+    let [domain, way] = args else { return Err(wrong()) };
+    let domain = DomId(domain.parse().map_err(|_| wrong())?);
+    let (stdin, stdout) = (io::stdin(), io::stdout());
+    if *way == LINK {
+        let connection = stdout.as_fd().try_clone_to_owned().map_err(failed)?;
+        return serve(domain, SendingLink::new(connection).map_err(failed)?, stdin.as_fd());
+    }
+    let turn = way.parse().map_err(|_| wrong())?;
+    let turn = Turn(Arc::new(crate::inherit::descriptor(turn).map_err(failed)?));
+    serve(domain, SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn)), stdin.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_worker_that_ends_is_missed() {
+        let (_reader, writer) = io::pipe().unwrap();
+        let staff = Staff {
+            program: "false".into(),
+            domain: DomId(1),
+            mode: Mode::Process,
+            count: 1,
+            stream: writer.as_fd(),
+            doorman: None,
+        };
+        let mut pool = Pool::start(staff).unwrap();
+        assert_eq!(pool.news(true).unwrap(), Some(News::Joined(0, None)));
+        let Some(News::Ended(0, why)) = pool.news(true).unwrap() else { panic!() };
+        assert!(why.contains("has ended (exit status: 1)"), "{why}");
+    }
+
+    #[test]
+    fn a_link_that_comes_in_gets_a_worker_and_is_closed_with_it() {
+        use std::io::Read;
+
+        let (_reader, writer) = io::pipe().unwrap();
+        let doorman = Doorman::open(&["127.0.0.1".parse().unwrap()], 1).unwrap();
+        let staff = Staff {
+            program: "cat".into(),
+            domain: DomId(1),
+            mode: Mode::Process,
+            count: 0,
+            stream: writer.as_fd(),
+            doorman: Some(doorman),
+        };
+        let mut pool = Pool::start(staff).unwrap();
+        let offer = pool.offer().unwrap();
+        assert_eq!(pool.news(false).unwrap(), None);
+        let receiver = thread::spawn(move || crate::doorman::open_link(&offer, 0).unwrap());
+        let joined = loop {
+            if let Some(news @ News::Joined(..)) = pool.news(true).unwrap() {
+                break news;
+            }
+        };
+        assert_eq!(joined, News::Joined(0, Some(0)));
+        let mut connection = std::net::TcpStream::from(receiver.join().unwrap());
+        pool.dismiss(0);
+        let mut rest = Vec::new();
+        // `cat` has been given arguments that it may complain of, but not there.
+        let _ = connection.read_to_end(&mut rest);
+        assert_eq!(rest, b"");
+    }
+
+    /// Writes nothing, and notices if two do at once.
+    #[derive(Clone, Default)]
+    struct Crowd(Arc<Mutex<()>>);
+
+    impl Crowd {
+        fn write(&self) -> io::Result<()> {
+            let alone = self.0.try_lock().map_err(|_| io::Error::other("two write at once"))?;
+            thread::yield_now();
+            drop(alone);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn who_has_the_turn_writes_alone() {
+        let (turn, crowd) = (Turn::new().unwrap(), Crowd::default());
+        let writers: Vec<_> = (0..4)
+            .map(|_| {
+                let mut out = SharedOut::new(crowd.clone(), Some(turn.clone()));
+                thread::spawn(move || (0..500).try_for_each(|_| out.in_turn(|c| c.write())))
+            })
+            .collect();
+        for writer in writers {
+            writer.join().unwrap().unwrap();
+        }
+    }
+}

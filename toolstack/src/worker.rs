@@ -1,0 +1,118 @@
+//! A worker of the save helper: a process, or a thread of this one, with a socket to talk over.
+//!
+//! A worker ends when its socket does, and its socket ends when it does. Processes die with the one
+//! that started them, too. A thread ends only as soon as it notices, which needs that its
+//! connection, if it has one, is shut down.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, JoinHandle};
+
+use rustix::net::Shutdown;
+use rustix::process::Signal;
+
+use crate::abort;
+use crate::messages;
+
+/// What workers are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Processes, each with an address space of its own, whose lock nobody else wants.
+    #[default]
+    Process,
+    /// Threads of one process.
+    Thread,
+}
+
+/// One worker, as whoever started it sees it. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    socket: OwnedFd,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Process(Child),
+    Thread {
+        /// `None` once it has been waited for.
+        thread: Option<JoinHandle<()>>,
+        /// Its connection, to be shut down.
+        connection: Option<OwnedFd>,
+    },
+}
+
+impl Worker {
+    /// Starts `program` with `args`. Its standard input is the socket, its standard output
+    /// `output`.
+    pub(crate) fn process(program: &OsStr, args: &[&str], output: Stdio) -> io::Result<Worker> {
+        let (socket, theirs) = messages::pair()?;
+        let mut command = Command::new(program);
+        let child = command.args(args).stdin(theirs).stdout(output).spawn()?;
+        Ok(Worker { socket, kind: Kind::Process(child) })
+    }
+
+    /// Starts a thread that does `work` with its end of the socket. `connection`: what it may wait
+    /// for, if it is a connection.
+    pub(crate) fn thread(
+        connection: Option<OwnedFd>,
+        work: impl FnOnce(OwnedFd) + Send + 'static,
+    ) -> io::Result<Worker> {
+        let (socket, theirs) = messages::pair()?;
+        let start = move || {
+            // The signal that ends the helper is for the thread that cleans up.
+            abort::leave_to_others();
+            work(theirs);
+        };
+        let thread = Some(thread::Builder::new().name("worker".into()).spawn(start)?);
+        Ok(Worker { socket, kind: Kind::Thread { thread, connection } })
+    }
+
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// How it ended, once its socket has.
+    pub(crate) fn why_ended(&mut self) -> String {
+        match &mut self.kind {
+            Kind::Process(child) => match child.wait() {
+                Ok(status) => format!("worker {} has ended ({status})", child.id()),
+                Err(error) => error.to_string(),
+            },
+            Kind::Thread { .. } => "the worker has ended".to_owned(),
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        match &mut self.kind {
+            Kind::Process(child) => {
+                // One that has ended is waited for all the same.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Kind::Thread { thread, connection } => {
+                // It waits for one of them at most, and notices.
+                let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+                if let Some(connection) = connection {
+                    let _ = rustix::net::shutdown(connection, Shutdown::Both);
+                }
+                if let Some(thread) = thread.take() {
+                    let _ = thread.join();
+                }
+            }
+        }
+    }
+}
+
+/// Makes this process a worker's: it dies with its parent, and only its parent ends it.
+///
+/// # Errors
+/// The system's.
+pub fn become_worker() -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    abort::ignore_terminal()
+}

@@ -1,0 +1,363 @@
+//! The two ends of a link: a TCP connection that carries page data one way and confirmations the
+//! other ([`rxl_migrate::stream::link`]).
+//!
+//! The receiver sends a confirmation for each record that it has applied, and repeats the last one
+//! whenever it has waited for [`HEARTBEAT`]: for bytes, or for the process that restores. So
+//! a sender that must wait, because the connection takes no more, can tell a peer that is busy
+//! from one that is gone, which TCP alone cannot (it knows neither a peer that reads nothing, nor,
+//! for many minutes, one that is cut off). After [`SILENCE_MAX`] without a byte it gives the link
+//! up, and what was not confirmed goes another way.
+//!
+//! # Safety
+//! One call of `setsockopt` with an integer.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, sockopt};
+use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
+use rxl_migrate::source::workers::Confirmed;
+use rxl_migrate::stream::link::CONFIRMATION_BYTES;
+use rxl_migrate::target::links::LinkIn;
+
+use super::foreign::Mapping;
+use super::stream::{Direction, FdIn, FdOut, Wait};
+use crate::abort;
+
+/// How often a receiver that waits says that it is there.
+const HEARTBEAT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How long a sender waits for a word of the receiver. It is part of the pause if a link is cut
+/// off during the last pass, and must be long for a busy host to be silent.
+const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// Bytes that a connection may hold without having sent them. With more, a slow link would take
+/// batches that another could have sent meanwhile; with less, it could run dry between two writes.
+const UNSENT_BYTES_MAX: libc::c_int = 256 << 10;
+
+/// The sender's end.
+#[derive(Debug)]
+pub struct SendingLink {
+    out: FdOut<OwnedFd, Listening>,
+}
+
+/// What the sender has heard.
+#[derive(Debug)]
+struct Listening {
+    confirmed: u64,
+    /// The start of a confirmation whose rest has not come.
+    partial: Vec<u8>,
+    heard: Instant,
+}
+
+impl SendingLink {
+    /// Over the connection `socket`, which is made non-blocking.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(socket: OwnedFd) -> io::Result<SendingLink> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        limit_unsent(socket.as_fd())?;
+        let (confirmed, partial, heard) = (0, Vec::new(), Instant::now());
+        Ok(SendingLink {
+            out: FdOut { fd: socket, waiting: Listening { confirmed, partial, heard } },
+        })
+    }
+}
+
+/// Keeps what waits in the socket's buffer short, whatever its size is tuned to.
+fn limit_unsent(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let limit = UNSENT_BYTES_MAX;
+    let length = libc::socklen_t::try_from(size_of_val(&limit)).unwrap_or_default();
+    // SAFETY: the option takes an integer, and the length is that of one.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const limit).cast(),
+            length,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+impl Listening {
+    /// Takes what has come. Does not wait.
+    fn hear(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let mut bytes = [0; 64 * CONFIRMATION_BYTES];
+        loop {
+            match rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(ErrorKind::ConnectionReset.into()),
+                Ok((count, _)) => self.take(bytes.get(..count).unwrap_or_default()),
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn take(&mut self, bytes: &[u8]) {
+        self.heard = Instant::now();
+        self.partial.extend_from_slice(bytes);
+        let (whole, rest) = self.partial.as_chunks::<CONFIRMATION_BYTES>();
+        // Never less than before: a peer that takes a word back is not believed.
+        let most = whole.iter().map(|word| u64::from_le_bytes(*word)).max();
+        self.confirmed = self.confirmed.max(most.unwrap_or(0));
+        self.partial = rest.to_vec();
+    }
+
+    /// Waits for `wanted`, and hears what comes meanwhile. `true`: it is there.
+    fn wait_for(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        wanted: PollFlags,
+        started: Instant,
+    ) -> io::Result<bool> {
+        let mut one = [PollFd::from_borrowed_fd(socket, PollFlags::IN | wanted)];
+        let ready = match poll(&mut one, Some(&HEARTBEAT)) {
+            Ok(_) => one.first().map_or(PollFlags::empty(), PollFd::revents),
+            Err(Errno::INTR) if !abort::requested() => PollFlags::empty(),
+            Err(error) => return Err(error.into()),
+        };
+        self.hear(socket)?;
+        if self.heard.max(started).elapsed() > SILENCE_MAX {
+            let why = format!("nothing was heard of the receiver for {SILENCE_MAX:?}");
+            return Err(io::Error::new(ErrorKind::TimedOut, why));
+        }
+        Ok(ready.intersects(wanted))
+    }
+}
+
+impl Wait for Listening {
+    fn wait(&mut self, fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
+        let started = Instant::now();
+        while !self.wait_for(fd, to.readiness(), started)? {}
+        Ok(())
+    }
+}
+
+impl StreamOut<Mapping> for SendingLink {
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.out.write_all(bytes)
+    }
+
+    fn write_pages(
+        &mut self,
+        head: &[u8],
+        pages: &Mapping,
+        pieces: &[PagePiece<'_>],
+    ) -> io::Result<()> {
+        self.out.write_pages(head, pages, pieces)
+    }
+}
+
+impl Confirmed for SendingLink {
+    fn confirmed(&mut self) -> io::Result<u64> {
+        self.out.waiting.hear(self.out.fd.as_fd())?;
+        Ok(self.out.waiting.confirmed)
+    }
+
+    fn wait_confirmed(&mut self, records: u64) -> io::Result<()> {
+        let started = Instant::now();
+        while self.confirmed()? < records {
+            self.out.waiting.wait_for(self.out.fd.as_fd(), PollFlags::IN, started)?;
+        }
+        Ok(())
+    }
+}
+
+/// The receiver's end.
+#[derive(Debug)]
+pub struct ReceivingLink {
+    input: FdIn<Rc<OwnedFd>, Heartbeat>,
+}
+
+/// What the receiver says, and repeats while it waits.
+#[derive(Clone, Debug)]
+pub struct Heartbeat {
+    socket: Rc<OwnedFd>,
+    said: Rc<RefCell<Said>>,
+}
+
+#[derive(Debug, Default)]
+struct Said {
+    confirmed: u64,
+    /// The rest of a confirmation that the connection did not take.
+    unsent: Vec<u8>,
+}
+
+impl ReceivingLink {
+    /// Over the connection `socket`, which is made non-blocking.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(socket: OwnedFd) -> io::Result<ReceivingLink> {
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        sockopt::set_tcp_nodelay(&socket, true)?;
+        let socket = Rc::new(socket);
+        let heartbeat = Heartbeat { socket: Rc::clone(&socket), said: Rc::default() };
+        Ok(ReceivingLink { input: FdIn { fd: socket, waiting: heartbeat } })
+    }
+
+    /// For whoever else makes this process wait.
+    #[must_use]
+    pub fn heartbeat(&self) -> Heartbeat {
+        self.input.waiting.clone()
+    }
+}
+
+impl Heartbeat {
+    /// Waits until `fd` is ready for `wanted`, and shows signs of life meanwhile.
+    ///
+    /// # Errors
+    /// The system's; the link is broken.
+    pub fn wait_for(&self, fd: BorrowedFd<'_>, wanted: PollFlags) -> io::Result<()> {
+        loop {
+            match poll(&mut [PollFd::from_borrowed_fd(fd, wanted)], Some(&HEARTBEAT)) {
+                Ok(0) => self.beat()?,
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Says how much is confirmed, as far as the connection takes it.
+    fn beat(&self) -> io::Result<()> {
+        let mut said = self.said.borrow_mut();
+        if said.unsent.is_empty() {
+            said.unsent = said.confirmed.to_le_bytes().to_vec();
+        }
+        match rustix::net::send(
+            &*self.socket,
+            &said.unsent,
+            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+        ) {
+            Ok(count) => {
+                said.unsent.drain(..count);
+            }
+            // A sender that does not listen hears it later.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+}
+
+impl Wait for Heartbeat {
+    fn wait(&mut self, fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
+        self.wait_for(fd, to.readiness())
+    }
+}
+
+impl StreamIn<Mapping> for ReceivingLink {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.input.read_exact(buf)
+    }
+
+    fn read_pages(&mut self, pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        self.input.read_pages(pages, slots)
+    }
+}
+
+impl LinkIn<Mapping> for ReceivingLink {
+    fn confirm(&mut self, records: u64) -> io::Result<()> {
+        self.input.waiting.said.borrow_mut().confirmed = records;
+        self.input.waiting.beat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
+    use rxl_migrate::frame::{PAGE_SIZE, PageBuf};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (ours.into(), listener.accept().unwrap().0.into())
+    }
+
+    #[test]
+    fn what_is_applied_is_confirmed_and_waited_for() {
+        let (ours, theirs) = pair();
+        let (done, is_done) = std::sync::mpsc::channel::<()>();
+        let receiver = thread::spawn(move || {
+            let mut link = ReceivingLink::new(theirs).unwrap();
+            let mut page = PageBuf::zeroed();
+            for record in 1..=3 {
+                link.read_exact(&mut page.0).unwrap();
+                assert!(page.0.iter().all(|byte| u64::from(*byte) == record));
+                link.confirm(record).unwrap();
+            }
+            is_done.recv().unwrap_err();
+        });
+        let mut link = SendingLink::new(ours).unwrap();
+        for byte in 1..=3 {
+            link.write_all(&[byte; PAGE_SIZE]).unwrap();
+        }
+        link.wait_confirmed(3).unwrap();
+        assert_eq!(link.confirmed().unwrap(), 3);
+        drop(done);
+        receiver.join().unwrap();
+        assert!(link.wait_confirmed(4).is_err());
+    }
+
+    /// More than the buffers of both sides take; the receiver reads after more than a heartbeat.
+    #[test]
+    fn a_receiver_that_is_busy_is_waited_for() {
+        let (ours, theirs) = pair();
+        let receiver = thread::spawn(move || {
+            let mut link = ReceivingLink::new(theirs).unwrap();
+            let (nothing, _writer) = io::pipe().unwrap();
+            let heartbeat = link.heartbeat();
+            let deaf = Instant::now();
+            while deaf.elapsed() < SILENCE_MAX + Duration::from_secs(2) {
+                let timer = Timespec { tv_sec: 0, tv_nsec: 300_000_000 };
+                poll(&mut [PollFd::new(&nothing, PollFlags::IN)], Some(&timer)).unwrap();
+                heartbeat.beat().unwrap();
+            }
+            let mut bytes = vec![0; 64 << 20];
+            link.read_exact(&mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 9));
+        });
+        let mut link = SendingLink::new(ours).unwrap();
+        link.write_all(&vec![9; 64 << 20]).unwrap();
+        receiver.join().unwrap();
+    }
+
+    #[test]
+    fn a_receiver_that_is_silent_is_given_up() {
+        let (ours, _theirs) = pair();
+        let mut link = SendingLink::new(ours).unwrap();
+        let started = Instant::now();
+        let error = link.write_all(&vec![9; 64 << 20]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert!(started.elapsed() > SILENCE_MAX);
+    }
+
+    #[test]
+    fn confirmations_in_pieces_are_understood_and_never_go_back() {
+        let (ours, theirs) = pair();
+        sockopt::set_tcp_nodelay(&theirs, true).unwrap();
+        let mut link = SendingLink::new(ours).unwrap();
+        let mut say = |bytes: &[u8], expected| {
+            rustix::io::write(&theirs, bytes).unwrap();
+            thread::sleep(Duration::from_millis(30));
+            assert_eq!(link.confirmed().unwrap(), expected);
+        };
+        say(&7_u64.to_le_bytes(), 7);
+        say(&[8, 0, 0], 7);
+        say(&[0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0], 8);
+    }
+}
