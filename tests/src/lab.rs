@@ -31,17 +31,27 @@ impl Session {
     /// # Errors
     /// Whatever keeps the lab from coming up.
     pub fn open() -> Result<Session> {
+        let session = Session::open_shaped(Shape::default())?;
+        session.lab.push_rxl()?;
+        Ok(session)
+    }
+
+    /// Finds the lab or boots one of that shape; nothing is installed on it.
+    ///
+    /// # Errors
+    /// Whatever keeps the lab from coming up, and one that is up but smaller.
+    pub fn open_shaped(shape: Shape) -> Result<Session> {
         let store = Store::open()?;
         let is_ours = rxl_lab::status(&store)?.is_none();
         let lab = if is_ours {
             Images::build(&store)?;
-            Lab::up(&store, Shape::default())?
+            Lab::up(&store, shape)?
         } else {
-            Lab::attach(&store)?
+            let lab = Lab::attach(&store)?;
+            ensure!(suffices(lab.shape(), &shape), "the lab that is up is too small: {shape:?}");
+            lab
         };
-        let session = Session { lab, store, is_ours };
-        session.lab.push_rxl()?;
-        Ok(session)
+        Ok(Session { lab, store, is_ours })
     }
 
     /// The lab.
@@ -185,6 +195,11 @@ const MIGRATION_PROCESSES: &str = "\
     grep -E ' (migrate|migrate-receive|domain-guard|--save-domain|--restore-domain)( |$)' | \
     grep -vE '^ *1 [^ ]*/xl migrate-receive' || true";
 
+/// Whether a lab has at least what is asked for; rates do not count, they can be changed.
+fn suffices(have: &Shape, want: &Shape) -> bool {
+    have.hosts >= want.hosts && have.nics >= want.nics && have.vcpus >= want.vcpus
+}
+
 /// A guest of the least memory that its kind boots with.
 #[must_use]
 pub fn spec(guest: &str, kind: GuestKind) -> GuestSpec {
@@ -217,6 +232,12 @@ pub fn describe(finished: &Finished) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lab_with_fewer_nics_does_not_suffice() {
+        let shape = |nics| Shape { nics, ..Shape::default() };
+        assert!(suffices(&shape(4), &shape(2)) && !suffices(&shape(1), &shape(2)));
+    }
 
     #[test]
     fn a_copy_that_a_migration_made_is_told_from_another_guest() {

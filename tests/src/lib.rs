@@ -1,13 +1,14 @@
 //! What spans rxl's crates: programs of the distribution that judge its work ([`stock`]), the
 //! suites that run in the lab ([`smoke`], [`soak`], [`bad_input`]) or on a modelled Xen
-//! ([`fake`]), what starts the simulator ([`sim`]), the search for inputs that break a parser
-//! ([`fuzz`]), and the runner of everything ([`tally`], [`unit`]).
+//! ([`fake`]), benchmarks in the lab ([`bench`]), what starts the simulator ([`sim`]), the search
+//! for inputs that break a parser ([`fuzz`]), and the runner of everything ([`tally`], [`unit`]).
 //!
 //! Tests of one crate are in that crate. `tests/run help` says what can be run.
 #![forbid(unsafe_code)]
 
 pub mod background;
 pub mod bad_input;
+pub mod bench;
 pub mod census;
 pub mod fake;
 pub mod fuzz;

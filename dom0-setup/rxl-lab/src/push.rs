@@ -1,4 +1,4 @@
-//! Puts this tree's rxl on the hosts.
+//! Puts programs of this tree on the hosts.
 
 use std::fs;
 use std::process::Command;
@@ -16,22 +16,16 @@ pub const RXL_PATH: &str = "/usr/local/bin/rxl";
 /// The name under which libxl runs rxl as its helper.
 pub const HELPER_PATH: &str = "/usr/local/lib/rxl/libxl-save-helper";
 
+/// Where other programs of this tree go.
+const EXAMPLES_DIR: &str = "/usr/local/lib/rxl-lab";
+
 impl Lab {
     /// Builds rxl for release and installs it on every host, with its link as libxl's helper.
     pub fn push_rxl(&self) -> Result<()> {
-        step("built rxl", || {
-            output(
-                Command::new("cargo")
-                    .args(["build", "--quiet", "--release", "--package", "rxl"])
-                    .current_dir(workspace()),
-            )
-        })?;
-        let binary = target_dir().join("release/rxl");
-        let program =
-            fs::read(&binary).with_context(|| format!("The build gave no {}", binary.display()))?;
+        step("built rxl", || build(&["--package", "rxl"]))?;
         step("installed rxl on all hosts", || {
+            self.install("rxl", RXL_PATH)?;
             self.on_all_hosts(|host| {
-                host.write_file(RXL_PATH, "755", &program)?;
                 host.run(&format!(
                     "mkdir -p $(dirname {HELPER_PATH}) && ln -sfn {RXL_PATH} {HELPER_PATH}"
                 ))
@@ -39,4 +33,30 @@ impl Lab {
         })?;
         Ok(())
     }
+
+    /// Builds an example of a package of this tree for release and installs it on every host;
+    /// gives its path there.
+    pub fn push_example(&self, package: &str, example: &str) -> Result<String> {
+        let path = format!("{EXAMPLES_DIR}/{example}");
+        step(&format!("built and installed {example}"), || {
+            build(&["--package", package, "--example", example])?;
+            self.install(&format!("examples/{example}"), &path)
+        })?;
+        Ok(path)
+    }
+
+    /// Puts what a build made on every host.
+    fn install(&self, built: &str, path: &str) -> Result<()> {
+        let binary = target_dir().join("release").join(built);
+        let program =
+            fs::read(&binary).with_context(|| format!("The build gave no {}", binary.display()))?;
+        self.on_all_hosts(|host| host.write_file(path, "755", &program))?;
+        Ok(())
+    }
+}
+
+fn build(what: &[&str]) -> Result<()> {
+    let mut command = Command::new("cargo");
+    command.args(["build", "--quiet", "--release"]).args(what).current_dir(workspace());
+    output(&mut command).map(drop)
 }

@@ -1,0 +1,163 @@
+//! How often a program takes the lock of its address space for writing, and how long it waits for
+//! it and holds it: counted from the kernel's tracepoints `mmap_lock:*`
+//! (`include/trace/events/mmap_lock.h` of Linux).
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, bail};
+use rxl_lab::Host;
+
+/// Where the kernel's trace is.
+const TRACING: &str = "/sys/kernel/tracing";
+
+/// The kernel's buffer for each CPU. An event takes some 100 bytes.
+const BUFFER_KIB: u32 = 8192;
+
+/// What was counted between the marks that the program writes, `begin` and `end`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Locks {
+    /// Times that the lock was taken for writing.
+    pub acquisitions: u64,
+    /// From asking for it until having it, summed over all threads.
+    pub wait_ms: f64,
+    /// From having it until giving it up, or keeping it for reading only.
+    pub held_ms: f64,
+}
+
+/// Lets the kernel count from now on.
+///
+/// # Errors
+/// The kernel has no such tracepoints.
+pub fn start(host: &Host) -> Result<()> {
+    host.run(&format!(
+        "mountpoint -q {TRACING} || mount -t tracefs tracefs {TRACING}\n\
+         cd {TRACING} && echo mono > trace_clock && echo {BUFFER_KIB} > buffer_size_kb && \
+         echo > trace && echo 1 > events/mmap_lock/enable"
+    ))
+    .map(drop)
+}
+
+/// Ends the counting; gives what `program` did between its marks.
+///
+/// # Errors
+/// The trace cannot be read, or is not complete.
+pub fn finish(host: &Host, program: &str) -> Result<Locks> {
+    let trace = host.run(&format!(
+        "cd {TRACING} && echo 0 > events/mmap_lock/enable && \
+         grep -E '^ *{program}-|LOST' trace; echo > trace; echo 4 > buffer_size_kb"
+    ))?;
+    count(&trace)
+}
+
+/// One line of the trace.
+struct Event<'a> {
+    /// The name of the thread and its number.
+    thread: &'a str,
+    time_s: f64,
+    name: &'a str,
+    fields: &'a str,
+}
+
+impl<'a> Event<'a> {
+    /// `mapping-123   [000] d..1.   12.345678: mmap_lock_released: mm=… write=true`
+    fn parse(line: &'a str) -> Option<Event<'a>> {
+        let (thread, rest) = line.trim_start().split_once(' ')?;
+        let (head, rest) = rest.split_once(": ")?;
+        let time_s = head.split_whitespace().next_back()?.parse().ok()?;
+        let (name, fields) = rest.split_once(": ")?;
+        Some(Event { thread, time_s, name, fields })
+    }
+
+    fn is_for_writing(&self) -> bool {
+        self.fields.contains("write=true")
+    }
+}
+
+/// What a thread does with the lock.
+#[derive(Clone, Copy, Default)]
+struct Thread {
+    asked_s: Option<f64>,
+    has_since_s: Option<f64>,
+}
+
+fn count(trace: &str) -> Result<Locks> {
+    let mut locks = Locks::default();
+    let mut threads: BTreeMap<&str, Thread> = BTreeMap::new();
+    let mut is_between = false;
+    let mut has_ended = false;
+    for line in trace.lines() {
+        if line.contains("LOST") {
+            bail!("The kernel's trace is not complete: {line}");
+        }
+        let Some(event) = Event::parse(line) else { continue };
+        if event.name == "tracing_mark_write" {
+            is_between = event.fields == "mapping begin";
+            has_ended = event.fields == "mapping end";
+            continue;
+        }
+        let thread = threads.entry(event.thread).or_default();
+        thread.see(&event, if is_between { Some(&mut locks) } else { None });
+    }
+    if has_ended { Ok(locks) } else { bail!("The kernel's trace has no end") }
+}
+
+impl Thread {
+    fn see(&mut self, event: &Event<'_>, locks: Option<&mut Locks>) {
+        let since = |start: Option<f64>| start.map_or(0.0, |start| (event.time_s - start) * 1e3);
+        match event.name {
+            "mmap_lock_start_locking" if event.is_for_writing() => {
+                self.asked_s = Some(event.time_s);
+            }
+            "mmap_lock_acquire_returned" if event.is_for_writing() => {
+                let asked = self.asked_s.take();
+                self.has_since_s = Some(event.time_s);
+                if let Some(locks) = locks {
+                    locks.acquisitions += 1;
+                    locks.wait_ms += since(asked);
+                }
+            }
+            // Given up, or kept for reading only.
+            "mmap_lock_released" | "mmap_lock_acquire_returned" => {
+                let start = self.has_since_s.take();
+                if let Some(locks) = locks {
+                    locks.held_ms += since(start);
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "\
+ mapping-7 [000] ..... 1.000: mmap_lock_start_locking: mm=1 memcg_path= write=true
+ mapping-7 [000] ..... 1.001: mmap_lock_acquire_returned: mm=1 memcg_path= write=true
+ mapping-7 [000] ..... 1.002: mmap_lock_released: mm=1 memcg_path= write=true
+ mapping-6 [001] ..... 1.500: tracing_mark_write: mapping begin
+ mapping-7 [000] ..... 2.000: mmap_lock_start_locking: mm=1 memcg_path= write=true
+ mapping-8 [001] ..... 2.001: mmap_lock_start_locking: mm=1 memcg_path= write=true
+ mapping-7 [000] ..... 2.000: mmap_lock_acquire_returned: mm=1 memcg_path= write=true
+ mapping-7 [000] ..... 2.004: mmap_lock_acquire_returned: mm=1 memcg_path= write=false
+ mapping-7 [000] ..... 2.006: mmap_lock_released: mm=1 memcg_path= write=false
+ mapping-8 [001] ..... 2.006: mmap_lock_acquire_returned: mm=1 memcg_path= write=true
+ mapping-8 [001] ..... 2.007: mmap_lock_released: mm=1 memcg_path= write=true
+";
+
+    #[test]
+    fn the_lock_is_held_for_writing_until_it_is_kept_for_reading() {
+        let end = " mapping-6 [001] ..... 3.0: tracing_mark_write: mapping end\n";
+        let locks = count(&format!("{TRACE}{end}")).expect("a whole trace");
+        assert_eq!(locks.acquisitions, 2);
+        assert!((locks.wait_ms - 5.0).abs() < 1e-6, "{locks:?}");
+        assert!((locks.held_ms - 5.0).abs() < 1e-6, "{locks:?}");
+    }
+
+    #[test]
+    fn a_trace_without_its_end_or_with_a_hole_is_refused() {
+        assert!(count(TRACE).is_err());
+        assert!(count("CPU:0 [LOST 12 EVENTS]").is_err());
+    }
+}

@@ -1,0 +1,229 @@
+//! What mapping a guest's memory costs on real Xen, by who maps: threads of one process, or
+//! processes, that unmap, keep what they mapped, or end instead of unmapping.
+//!
+//! The program that maps is `toolstack/examples/mapping`. The guest is paused meanwhile: it has
+//! nothing to do here, and would take its share of the processors.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use rxl_lab::{GuestKind, Host, Shape};
+use serde::{Deserialize, Serialize};
+
+use super::{locks, print, rounded};
+use crate::lab::{Session, spec};
+
+/// The name of the program, and of its threads in the kernel's trace.
+const PROGRAM: &str = "mapping";
+
+/// Where a host keeps the list of the guest's frames.
+const FRAMES_FILE: &str = "/run/rxl-mapping-frames";
+
+const RUN_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// Pages of a mapping where their number is not what is compared.
+const BATCH_PAGES: u32 = 1024;
+
+const PAGES_PER_MIB: f64 = 256.0;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Options {
+    /// Print a line of JSON for each run
+    #[arg(long)]
+    json: bool,
+    /// How often each is measured, after one run in which the kernel counts
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+}
+
+/// Who maps how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Case {
+    backend: &'static str,
+    work: &'static str,
+    workers: u32,
+    batch: u32,
+}
+
+/// What the program says.
+#[derive(Debug, Deserialize)]
+struct Outcome {
+    pages: f64,
+    elapsed_ms: f64,
+    start_ms: f64,
+    map_ms: f64,
+    copy_ms: f64,
+    unmap_ms: f64,
+}
+
+/// One run.
+#[derive(Debug, Serialize)]
+struct Figure {
+    bench: &'static str,
+    backend: String,
+    #[serde(rename = "type")]
+    kind: String,
+    workers: u32,
+    vcpus: u8,
+    work: String,
+    /// Pages of a mapping.
+    batch: u32,
+    pages: f64,
+    mib_s: f64,
+    /// Time until all workers could work, not part of `mib_s`.
+    start_ms: f64,
+    /// Sums over the workers. For `keep`, mapping and unmapping are not part of `mib_s`.
+    map_ms: f64,
+    copy_ms: f64,
+    unmap_ms: f64,
+    /// Of a run of its own: counting slows it down.
+    lock_acquisitions: u64,
+    lock_wait_ms: f64,
+    lock_held_ms: f64,
+}
+
+/// Measures everything, a PVH and a PV guest after each other.
+///
+/// # Errors
+/// Whatever keeps the lab or a run from its end.
+pub fn run(options: Options) -> Result<()> {
+    let session = Session::open_shaped(Shape { hosts: 1, vcpus: 2, ..Shape::default() })?;
+    let program = session.lab().push_example("rxl-toolstack", PROGRAM)?;
+    let vcpus = session.lab().shape().vcpus;
+    for kind in [GuestKind::Pvh, GuestKind::Pv] {
+        let guest = format!("bench-{kind}");
+        session.start_spec(&spec(&guest, kind))?;
+        let subject = Subject::new(&session, &program, &guest, kind, vcpus)?;
+        subject.measure(options).with_context(|| format!("The memory of {guest}"))?;
+        session.remove(&guest)?;
+    }
+    Ok(())
+}
+
+/// The guest whose memory is mapped.
+struct Subject<'a> {
+    host: &'a Host,
+    program: &'a str,
+    domid: String,
+    kind: GuestKind,
+    vcpus: u8,
+}
+
+impl<'a> Subject<'a> {
+    /// Pauses the guest, and finds its frames.
+    fn new(
+        session: &'a Session,
+        program: &'a str,
+        guest: &str,
+        kind: GuestKind,
+        vcpus: u8,
+    ) -> Result<Subject<'a>> {
+        let host = session.host(1)?;
+        let domid = host.run(&format!("xl pause {guest} && xl domid {guest}"))?.trim().to_owned();
+        host.run_within(&format!("{program} frames {domid} {FRAMES_FILE}"), RUN_TIMEOUT)?;
+        Ok(Subject { host, program, domid, kind, vcpus })
+    }
+
+    /// One counted run of each case, then rounds over all of them, so that whatever else the
+    /// machine does meanwhile is spread over the cases.
+    fn measure(&self, options: Options) -> Result<()> {
+        let mut counted = Vec::new();
+        for case in cases() {
+            locks::start(self.host)?;
+            let outcome = self.outcome(case);
+            let locks = locks::finish(self.host, PROGRAM);
+            outcome?;
+            counted.push((case, locks.with_context(|| format!("{case:?}"))?));
+        }
+        for _ in 0..options.runs {
+            for (case, locks) in &counted {
+                print(&self.figure(*case, *locks, &self.outcome(*case)?), options.json)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn outcome(&self, case: Case) -> Result<Outcome> {
+        let Case { backend, work, workers, batch } = case;
+        let command = format!(
+            "{} run {} {FRAMES_FILE} {backend} {workers} {work} {batch} 1",
+            self.program, self.domid
+        );
+        let line = self.host.run_within(&command, RUN_TIMEOUT)?;
+        serde_json::from_str(&line).with_context(|| format!("`{command}` says `{line}`"))
+    }
+
+    fn figure(&self, case: Case, locks: locks::Locks, outcome: &Outcome) -> Figure {
+        let seconds = outcome.elapsed_ms / 1e3;
+        Figure {
+            bench: "mapping",
+            backend: match case.backend {
+                "thread" | "process" => format!("privcmd-{}", case.backend),
+                other => other.to_owned(),
+            },
+            kind: self.kind.to_string(),
+            workers: case.workers,
+            vcpus: self.vcpus,
+            work: if case.work == "copy" { "map+copy+unmap" } else { "map+unmap" }.to_owned(),
+            batch: case.batch,
+            pages: outcome.pages,
+            mib_s: rounded(outcome.pages / PAGES_PER_MIB / seconds),
+            start_ms: rounded(outcome.start_ms),
+            map_ms: rounded(outcome.map_ms),
+            copy_ms: rounded(outcome.copy_ms),
+            unmap_ms: rounded(outcome.unmap_ms),
+            lock_acquisitions: locks.acquisitions,
+            lock_wait_ms: rounded(locks.wait_ms),
+            lock_held_ms: rounded(locks.held_ms),
+        }
+    }
+}
+
+/// All that is compared: who maps, with batches as stock has them; then sizes of batches.
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for work in ["map", "copy"] {
+        for workers in [1, 2, 4, 8] {
+            for backend in ["thread", "process", "exit", "keep"] {
+                // What is kept is neither mapped nor unmapped: nothing would be left.
+                if (backend, work) != ("keep", "map") {
+                    cases.push(Case { backend, work, workers, batch: BATCH_PAGES });
+                }
+            }
+        }
+        for (backend, workers) in [("process", 1), ("process", 2), ("thread", 2)] {
+            for batch in [256, 4096] {
+                cases.push(Case { backend, work, workers, batch });
+            }
+        }
+    }
+    cases
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Figure { kind, backend, work, workers, batch, mib_s, .. } = self;
+        write!(
+            f,
+            "{kind:<4} {backend:<16} {work:<15} {workers} workers, {batch:>4} pages: {mib_s:>7.1} \
+             MiB/s; lock taken {} times, waited for {:.1} ms, held {:.1} ms",
+            self.lock_acquisitions, self.lock_wait_ms, self.lock_held_ms
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_case_comes_twice() {
+        let cases = cases();
+        for (index, case) in cases.iter().enumerate() {
+            assert!(!cases.iter().skip(index + 1).any(|other| other == case), "{case:?}");
+        }
+    }
+}

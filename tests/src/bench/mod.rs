@@ -1,0 +1,50 @@
+//! Benchmarks that run in the lab (`tests/bench`). docs/bench.md says what their figures mean.
+//!
+//! Each prints a line for each run: JSON, or words for a reader.
+#![allow(clippy::print_stdout, reason = "this is the output of the benchmarks")]
+
+use std::io::{self, Write};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+pub mod locks;
+pub mod mapping;
+
+/// Prints one figure, as JSON if that is asked for, and lets it out at once: a run takes long.
+///
+/// # Errors
+/// It cannot be written.
+pub fn print<T: Serialize + std::fmt::Display>(figure: &T, json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string(figure)?);
+    } else {
+        println!("{figure}");
+    }
+    io::stdout().flush().context("Cannot write to standard output")
+}
+
+/// The middle one of `values`; of an even number, the lower of the two in the middle.
+#[must_use]
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let middle = values.len().checked_sub(1)? / 2;
+    values.get(middle).copied()
+}
+
+/// A number with as many decimals as a figure has use for.
+#[must_use]
+pub fn rounded(value: f64) -> f64 {
+    (value * 10.0).round() / 10.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_one() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(Vec::new()), None);
+    }
+}

@@ -1,0 +1,28 @@
+//! The runner behind those suites of `tests/bench` that need the lab.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use rxl_tests::bench::mapping;
+
+/// Benchmarks in the lab: they use the one that is up if it suffices, or boot one of their own.
+#[derive(Parser)]
+#[command(name = "tests/bench", max_term_width = 100)]
+enum Bench {
+    /// What mapping a guest's memory costs, by who maps and how
+    Mapping(mapping::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Bench::parse() {
+        Bench::Mapping(options) => mapping::run(options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tests/bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
