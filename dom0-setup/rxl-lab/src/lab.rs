@@ -133,6 +133,18 @@ impl Lab {
         })
     }
 
+    /// Sets the rates at which all hosts receive on the NICs from the first on, as `tc` writes them;
+    /// NICs past the end of `rates` have no limit.
+    pub fn set_nic_rates(&self, rates: &[String]) -> Result<()> {
+        for host in &self.hosts {
+            for nic in 0..self.shape.nics {
+                let rate = rates.get(usize::from(nic)).map(String::as_str);
+                network::set_rate(&network::tap_name(nic, host.number()), rate)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::guest::GuestKind;
+use crate::guest::{GuestKind, GuestReport};
 use crate::host::{Finished, Host};
 use crate::lab::Lab;
+use crate::load::Load;
 use crate::network::{inside, tap_name};
 use crate::plain::CLIENT;
 use crate::process::output;
@@ -18,7 +20,7 @@ use crate::process::output;
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(420);
 
 /// Where rxl on the source host leaves its report.
-const REPORT_PATH: &str = "/run/rxl-lab-report.json";
+pub const REPORT_PATH: &str = "/run/rxl-lab-report.json";
 
 /// Who migrates, at the source and at the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +61,38 @@ pub struct Migration {
     pub bad_pages: u64,
 }
 
+/// A command that moves a guest, and what is known of it.
+#[derive(Clone, Debug)]
+pub struct Way {
+    /// Who migrates, for a reader.
+    pub by: String,
+    /// For the source host's shell.
+    pub command: String,
+    /// Whether it leaves rxl's report at [`REPORT_PATH`].
+    pub reports: bool,
+    /// How long it may take.
+    pub timeout: Duration,
+}
+
+/// A migration with all that was seen of it.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The usual figures.
+    pub migration: Migration,
+    /// From the start of the command to its end.
+    pub total: Duration,
+    /// rxl's report.
+    pub report: Option<Value>,
+    /// What the command wrote to its standard error.
+    pub said: String,
+    /// What the processors of each host did meanwhile, in the order of hosts.
+    pub loads: Vec<Load>,
+    /// Bytes that left the source host over each of its NICs.
+    pub sent: Vec<u64>,
+    /// Pages that the guest wrote per second, from the check before to the one after.
+    pub dirty_pages_per_s: f64,
+}
+
 impl Route {
     /// The command that moves `guest` to `target`, for the source host's shell.
     fn command(self, guest: &str, target: &str) -> String {
@@ -91,6 +125,19 @@ impl fmt::Display for Route {
     }
 }
 
+impl Way {
+    /// The way of a route.
+    #[must_use]
+    pub fn of(route: Route, guest: &str, to: &Host) -> Way {
+        Way {
+            by: route.to_string(),
+            command: route.command(guest, &to.name()),
+            reports: route.sender_is_rxl(),
+            timeout: MIGRATION_TIMEOUT,
+        }
+    }
+}
+
 impl Lab {
     /// Migrates a guest that runs on `from` and has it verify all of its memory afterwards.
     ///
@@ -105,50 +152,83 @@ impl Lab {
         to: &Host,
         route: Route,
     ) -> Result<Migration> {
+        self.measure(guest, kind, from, to, &Way::of(route, guest, to)).map(|done| done.migration)
+    }
+
+    /// The same by any command, with more figures.
+    ///
+    /// # Errors
+    /// As [`Lab::migrate`].
+    pub fn measure(
+        &self,
+        guest: &str,
+        kind: GuestKind,
+        from: &Host,
+        to: &Host,
+        way: &Way,
+    ) -> Result<Measured> {
         // The gap is measured with the hosts' clocks, which drift apart in emulation; and every
         // check begins a new gap.
         self.sync_clocks()?;
         let before = self.check_guest(guest)?;
         ensure!(before.host == from.name(), "{guest} is on {}, not {}", before.host, from.name());
-        let sent_before = self.bytes_sent(from)?;
+        let (sent_before, loads_before) = (self.bytes_sent_by_nic(from)?, self.loads()?);
         let started = Instant::now();
-        let finished = from.finish(&route.command(guest, &to.name()), MIGRATION_TIMEOUT)?;
+        let finished = from.finish(&way.command, way.timeout)?;
         let total = started.elapsed();
-        let bytes = self.bytes_sent(from)? - sent_before;
-        require_success(&finished, guest, route)?;
+        let loads = self.loads()?.into_iter().zip(loads_before).map(|(now, then)| now - then);
+        let sent = self.bytes_sent_by_nic(from)?.into_iter().zip(sent_before);
+        let sent: Vec<u64> = sent.map(|(now, then)| now.saturating_sub(then)).collect();
+        require_success(&finished, guest, &way.by)?;
         let after = self.check_guest(guest)?;
         ensure!(after.host == to.name(), "{guest} is on {}, not {}", after.host, to.name());
-        Ok(Migration {
+        let report = if way.reports { Some(report(from)?) } else { None };
+        let migration = Migration {
             kind: kind.to_string(),
             from: from.name(),
             to: to.name(),
-            by: route.to_string(),
+            by: way.by.clone(),
             total_ms: millis(total),
-            pause_ms: if route.sender_is_rxl() { Some(reported_pause(from)?) } else { None },
+            pause_ms: report.as_ref().map(reported_pause).transpose()?,
             guest_gap_ms: whole_ms(after.longest_gap_ms),
-            bytes,
+            bytes: sent.iter().sum(),
             bad_pages: after.bad_pages,
+        };
+        Ok(Measured {
+            migration,
+            total,
+            report,
+            said: finished.stderr,
+            loads: loads.collect(),
+            sent,
+            dirty_pages_per_s: dirty_rate(&before, &after),
         })
     }
 
-    /// Bytes that have left a host over all of its NICs.
-    pub fn bytes_sent(&self, host: &Host) -> Result<u64> {
-        let mut sum = 0;
-        for nic in 0..self.shape().nics {
-            let path =
-                format!("/sys/class/net/{}/statistics/rx_bytes", tap_name(nic, host.number()));
-            let text = output(inside("cat").arg(&path))?;
-            let count: u64 = text.trim().parse().with_context(|| format!("{path}: `{text}`"))?;
-            sum += count;
-        }
-        Ok(sum)
+    /// Bytes that have left a host over each of its NICs.
+    pub fn bytes_sent_by_nic(&self, host: &Host) -> Result<Vec<u64>> {
+        (0..self.shape().nics)
+            .map(|nic| {
+                let path =
+                    format!("/sys/class/net/{}/statistics/rx_bytes", tap_name(nic, host.number()));
+                let text = output(inside("cat").arg(&path))?;
+                text.trim().parse().with_context(|| format!("{path}: `{text}`"))
+            })
+            .collect()
     }
 }
 
-fn require_success(finished: &Finished, guest: &str, route: Route) -> Result<()> {
+/// Pages that a guest wrote per second between two of its reports.
+#[allow(clippy::cast_precision_loss, reason = "a rate for people to read")]
+fn dirty_rate(before: &GuestReport, after: &GuestReport) -> f64 {
+    let written = after.pages_written.saturating_sub(before.pages_written);
+    written as f64 / (after.uptime_s - before.uptime_s).max(f64::EPSILON)
+}
+
+fn require_success(finished: &Finished, guest: &str, by: &str) -> Result<()> {
     if !finished.status.success() {
         bail!(
-            "The migration of {guest} by {route} ended with {}:\n{}{}",
+            "The migration of {guest} by {by} ended with {}:\n{}{}",
             finished.status,
             finished.stdout,
             finished.stderr
@@ -157,12 +237,16 @@ fn require_success(finished: &Finished, guest: &str, route: Route) -> Result<()>
     Ok(())
 }
 
-/// The pause in rxl's own report.
-fn reported_pause(host: &Host) -> Result<u64> {
+/// What rxl left on the source host.
+fn report(host: &Host) -> Result<Value> {
     let text = host.run(&format!("cat {REPORT_PATH}"))?;
-    let report: serde_json::Value = serde_json::from_str(&text)?;
-    let pause = report.get("pause_ms").and_then(serde_json::Value::as_f64);
-    Ok(whole_ms(pause.with_context(|| format!("rxl's report says no pause: {text}"))?))
+    serde_json::from_str(&text).with_context(|| format!("rxl's report is `{text}`"))
+}
+
+/// The pause in rxl's own report.
+fn reported_pause(report: &Value) -> Result<u64> {
+    let pause = report.get("pause_ms").and_then(Value::as_f64);
+    Ok(whole_ms(pause.with_context(|| format!("rxl's report says no pause: {report}"))?))
 }
 
 fn millis(time: Duration) -> u64 {

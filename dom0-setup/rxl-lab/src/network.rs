@@ -52,10 +52,16 @@ pub(crate) fn create(plan: &Plan<'_>) -> Result<()> {
     )?;
     if let Some(rate) = plan.nic_rate {
         for tap in taps(plan) {
-            output(Command::new("tc").args(["-n", NAMESPACE]).args(shaping(&tap, rate)))?;
+            set_rate(&tap, Some(rate))?;
         }
     }
     Ok(())
+}
+
+/// Sets the rate that a host's NIC receives at, or lifts the limit.
+pub(crate) fn set_rate(tap: &str, rate: Option<&str>) -> Result<()> {
+    let words = shaping(tap, rate);
+    output(Command::new("tc").args(["-n", NAMESPACE]).args(words.split(' '))).map(drop)
 }
 
 /// Removes the namespace if it is there.
@@ -118,11 +124,14 @@ fn ip_batch(plan: &Plan<'_>) -> String {
 }
 
 /// Arguments for `tc`. The burst holds several whole TCP segments of 64 KiB.
-fn shaping(tap: &str, rate: &str) -> Vec<String> {
-    format!("qdisc add dev {tap} root tbf rate {rate} burst 256kb latency 50ms")
-        .split(' ')
-        .map(str::to_owned)
-        .collect()
+fn shaping(tap: &str, rate: Option<&str>) -> String {
+    match rate {
+        Some(rate) => {
+            format!("qdisc replace dev {tap} root tbf rate {rate} burst 256kb latency 50ms")
+        }
+        // One without a rate in its place, as there need not be one to delete.
+        None => format!("qdisc replace dev {tap} root pfifo_fast"),
+    }
 }
 
 #[cfg(test)]
@@ -133,6 +142,12 @@ mod tests {
     fn test_own_links_loopback_is_left_out() {
         let listing = "1: lo: <LOOPBACK> mtu 65536\n2: br0: <UP> mtu 1500\n";
         assert_eq!(own_links(listing).collect::<Vec<_>>(), ["br0"]);
+    }
+
+    #[test]
+    fn test_shaping_no_rate_replaces_what_shaped() {
+        assert!(shaping("t", Some("18mbit")).contains("dev t root tbf rate 18mbit burst"));
+        assert!(shaping("t", None).ends_with("replace dev t root pfifo_fast"));
     }
 
     #[test]

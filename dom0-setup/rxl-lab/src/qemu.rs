@@ -69,7 +69,8 @@ impl Machine<'_> {
     fn arguments(&self) -> Vec<String> {
         let mut arguments: Vec<String> = [
             "-name",
-            &format!("rxl-lab-host{}", self.host),
+            // With names for its threads: `load` looks for those of the processors.
+            &format!("rxl-lab-host{},debug-threads=on", self.host),
             "-machine",
             "q35",
             "-accel",
