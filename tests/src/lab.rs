@@ -69,7 +69,7 @@ impl Session {
     }
 
     /// Where a guest is, and the other one of the first two hosts.
-    fn here_and_there(&self, guest: &str) -> Result<(&Host, &Host)> {
+    pub(crate) fn here_and_there(&self, guest: &str) -> Result<(&Host, &Host)> {
         match self.lab.find_guest(guest)?.as_slice() {
             [from] => Ok((self.host(from.number())?, self.host(3 - from.number())?)),
             [] => bail!("{guest} is on no host"),
@@ -151,7 +151,7 @@ impl Session {
     }
 
     /// Waits until no process of a migration runs and no domain of one is left.
-    fn settle(&self, guest: &str) -> Result<()> {
+    pub(crate) fn settle(&self, guest: &str) -> Result<()> {
         let deadline = Instant::now() + SETTLE_TIMEOUT;
         loop {
             let left = self.leftovers(guest)?;

@@ -133,7 +133,7 @@ impl Lab {
         })
     }
 
-    /// Sets the rates at which all hosts receive on the NICs from the first on, as `tc` writes them;
+    /// Sets the rates at which hosts receive on the NICs from the first on, as `tc` writes them;
     /// NICs past the end of `rates` have no limit.
     pub fn set_nic_rates(&self, rates: &[String]) -> Result<()> {
         for host in &self.hosts {

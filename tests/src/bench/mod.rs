@@ -8,8 +8,11 @@ use std::io::{self, Write};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+pub mod cliff;
+pub mod link;
 pub mod locks;
 pub mod mapping;
+pub mod nics;
 
 /// Prints one figure, as JSON if that is asked for, and lets it out at once: a run takes long.
 ///

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use rxl_tests::bench::mapping;
+use rxl_tests::bench::{cliff, mapping, nics};
 
 /// Benchmarks in the lab: they use the one that is up if it suffices, or boot one of their own.
 #[derive(Parser)]
@@ -12,11 +12,17 @@ use rxl_tests::bench::mapping;
 enum Bench {
     /// What mapping a guest's memory costs, by who maps and how
     Mapping(mapping::Options),
+    /// How the time of a migration goes down with the number of NICs
+    Nics(nics::Options),
+    /// A guest that writes faster than a NIC carries: stock over one, rxl over four
+    Cliff(cliff::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Bench::parse() {
         Bench::Mapping(options) => mapping::run(options),
+        Bench::Nics(options) => nics::run(options),
+        Bench::Cliff(options) => cliff::run(options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

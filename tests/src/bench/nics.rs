@@ -1,0 +1,135 @@
+//! How the time of a migration goes down with the number of NICs, and whether NICs of different
+//! rates are all used to the full.
+
+use std::fmt;
+
+use anyhow::Result;
+use clap::Args;
+use rxl_lab::{GuestKind, Shape};
+use serde::Serialize;
+
+use super::link::{Move, Mover, guest, move_over};
+use super::{median, print, rounded};
+use crate::lab::Session;
+
+/// Numbers of NICs that are compared.
+const NICS: [usize; 3] = [1, 2, 4];
+
+/// What the guest that writes writes, in parts of one NIC's rate.
+const DIRTY_RATIO: f64 = 0.5;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Options {
+    /// Print a line of JSON for each run
+    #[arg(long)]
+    json: bool,
+    /// How often each is measured
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+    /// Rate of each NIC in Mbit/s, a multiple of 3
+    #[arg(long, default_value_t = 18)]
+    rate: u32,
+    /// Memory of the guests in MiB
+    #[arg(long, default_value_t = 256)]
+    mem: u32,
+}
+
+/// One run, beside what it is compared with.
+#[derive(Debug, Serialize)]
+struct Figure {
+    bench: &'static str,
+    workload: &'static str,
+    #[serde(flatten)]
+    run: Move,
+    /// The median time over one NIC to this one.
+    speedup: Option<f64>,
+    /// rxl's rate to the sum of the NICs' rates.
+    of_rates: Option<f64>,
+}
+
+/// Measures both kinds of guest, one that stands still and one that writes.
+///
+/// # Errors
+/// Whatever keeps the lab or a migration from its end.
+pub fn run(options: Options) -> Result<()> {
+    let most = NICS.into_iter().max().unwrap_or(1);
+    let nics = u8::try_from(most)?;
+    let session = Session::open_shaped(Shape { nics, ..Shape::default() })?;
+    session.lab().push_rxl()?;
+    let dirty_mbit = f64::from(options.rate) * DIRTY_RATIO;
+    for kind in [GuestKind::Pvh, GuestKind::Pv] {
+        for (workload, dirty_mbit) in [("idle", 0.0), ("dirty", dirty_mbit)] {
+            let name = format!("bench-{kind}");
+            session.start_spec(&guest(&name, kind, options.mem, dirty_mbit))?;
+            measure(&session, &name, kind, workload, options)?;
+            session.remove(&name)?;
+        }
+    }
+    Ok(())
+}
+
+fn measure(
+    session: &Session,
+    name: &str,
+    kind: GuestKind,
+    workload: &'static str,
+    options: Options,
+) -> Result<()> {
+    let Options { rate, runs, json, .. } = options;
+    let mut one_nic = Vec::new();
+    for _ in 0..runs {
+        for rates in plans(rate) {
+            let run = move_over(session, name, kind, Mover::Rxl, &rates)?;
+            if run.nics == 1 {
+                one_nic.push(ms(run.total_ms));
+            }
+            let speedup = median(one_nic.clone()).map(|one| hundredths(one / ms(run.total_ms)));
+            let sum = f64::from(rates.iter().sum::<u32>());
+            let of_rates = run.transfer_mbit.map(|mbit| hundredths(mbit / sum));
+            print(&Figure { bench: "nics", workload, run, speedup, of_rates }, json)?;
+        }
+    }
+    Ok(())
+}
+
+/// Rates of the NICs in use: equal ones, and as much in two slow and two fast ones.
+fn plans(rate: u32) -> Vec<Vec<u32>> {
+    let mut plans: Vec<Vec<u32>> = NICS.iter().map(|nics| vec![rate; *nics]).collect();
+    let (slow, fast) = (rate * 2 / 3, rate * 4 / 3);
+    plans.push(vec![slow, slow, fast, fast]);
+    plans
+}
+
+#[allow(clippy::cast_precision_loss, reason = "times are short of 2^53 ms")]
+fn ms(ms: u64) -> f64 {
+    ms as f64
+}
+
+fn hundredths(value: f64) -> f64 {
+    rounded(value * 10.0) / 10.0
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<5} {}", self.workload, self.run)?;
+        if let Some(speedup) = self.speedup {
+            write!(f, ", {speedup:.2} times as fast")?;
+        }
+        if let Some(share) = self.of_rates {
+            write!(f, ", {share:.2} of the rates")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unequal_nics_have_as_much_rate_as_equal_ones() {
+        let plans = plans(18);
+        assert_eq!(plans.last().map(|rates| rates.iter().sum()), Some(4 * 18));
+    }
+}
