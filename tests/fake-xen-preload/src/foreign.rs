@@ -183,7 +183,8 @@ fn replace(
         let Some(place) = run.first().filter(|place| *place & wire::PAGE_ERROR == 0) else {
             continue;
         };
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        // Filled in now, as the Linux driver does: what is mapped of a guest never faults.
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
         let (bytes, fd) = (run.len() * PAGE, connection.memory.as_raw_fd());
         let offset = (place * PAGE as u64) as i64;
         // SAFETY: within the room that was reserved, to which there is no reference yet.

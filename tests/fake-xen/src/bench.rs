@@ -18,7 +18,7 @@ use rxl_migrate::fake::{FakeDomain, HvmSpec, P2mKind, PvSpec, Rng, WIRING, compa
 use rxl_migrate::frame::PageBuf;
 use rxl_migrate::hypervisor::Domain;
 
-use crate::helper::{Helper, Libxl, Program, Programs};
+use crate::helper::{Ended, Helper, Libxl, Program, Programs};
 use crate::machine::{Machine, MachineSpec};
 use crate::migration::GuestKind;
 
@@ -44,6 +44,8 @@ pub struct Bench {
     pub mib: u64,
     /// Runs of each helper for a figure.
     pub pairs: u32,
+    /// What the names of the wanted figures begin with.
+    pub only: String,
 }
 
 /// What the memory of a guest holds.
@@ -75,6 +77,15 @@ impl Content {
     }
 }
 
+/// One run of a helper.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    took: Duration,
+    cpu: Duration,
+    /// Requests to the machine.
+    requests: u64,
+}
+
 /// One figure. Speeds are in MiB of guest memory per second.
 #[derive(Clone, Debug)]
 pub struct Figure {
@@ -88,17 +99,22 @@ pub struct Figure {
     pub ratio: f64,
     /// The plain copy's, the median.
     pub limit: f64,
+    /// Processor time that rxl's took to stock's, the median over the pairs.
+    pub cpu_ratio: f64,
+    /// Requests to the machine that rxl's made to stock's, the median over the pairs.
+    pub requests_ratio: f64,
 }
 
 impl Figure {
     /// One line of JSON.
     #[must_use]
     pub fn json(&self) -> String {
-        let Figure { name, rxl, stock, ratio, limit } = self;
+        let Figure { name, rxl, stock, ratio, limit, cpu_ratio, requests_ratio } = self;
         let of_limit = rxl / limit;
         format!(
             "{{\"name\":\"{name}\",\"unit\":\"MiB/s\",\"rxl\":{rxl:.1},\"stock\":{stock:.1},\
-             \"ratio\":{ratio:.3},\"limit\":{limit:.1},\"of_limit\":{of_limit:.3}}}"
+             \"ratio\":{ratio:.3},\"limit\":{limit:.1},\"of_limit\":{of_limit:.3},\
+             \"cpu_ratio\":{cpu_ratio:.3},\"requests_ratio\":{requests_ratio:.3}}}"
         )
     }
 }
@@ -109,6 +125,14 @@ struct Side {
     domain: FakeDomain,
 }
 
+impl Side {
+    /// A run that ended so, before which there had been that many requests.
+    fn run(&self, ended: &Ended, requests_before: u64) -> Run {
+        let requests = self.machine.requests() - requests_before;
+        Run { took: ended.took, cpu: ended.used.cpu, requests }
+    }
+}
+
 impl Bench {
     /// Measures everything; `show` gets each figure as it is there.
     ///
@@ -117,58 +141,86 @@ impl Bench {
     pub fn run(&self, mut show: impl FnMut(&Figure)) -> Result<()> {
         for (kind, guest) in [(GuestKind::Pvh, "pvh"), (GuestKind::PvLinear, "pv")] {
             for (content, what) in Content::ALL {
-                let source = self.source(kind)?;
-                let mut rng = Rng::new(1);
-                source.domain.fill(|pfn| Some(content.page(pfn, &mut rng)));
-                for (writing, activity) in [(false, "idle"), (true, "writing")] {
-                    let name = format!("save/{guest}/{what}/{activity}");
-                    let save = |program| self.save(&source, program, writing);
-                    show(&self.figure(name, save, || self.copy_out(&source))?);
-                }
-                let file = tempfile::tempfile().context("Cannot make a file")?;
-                let stream = file.try_clone().context("Cannot duplicate a descriptor")?;
-                let saved = self.helper(Program::Stock, &source).save(stream.into(), true)?;
-                ensure!(saved.succeeded(), "stock: {}", saved.describe());
-                let restore = |program| self.restore(&source, program, &file);
-                let name = format!("restore/{guest}/{what}");
-                let figure = self.figure(name, restore, || self.copy_in(&file))?;
-                show(&figure);
+                self.run_guest(kind, content, &format!("{guest}/{what}"), &mut show)?;
             }
         }
         Ok(())
+    }
+
+    /// Measures what concerns one guest.
+    fn run_guest(
+        &self,
+        kind: GuestKind,
+        content: Content,
+        guest: &str,
+        show: &mut impl FnMut(&Figure),
+    ) -> Result<()> {
+        let saves = ["idle", "writing"].map(|activity| format!("save/{guest}/{activity}"));
+        let restore = format!("restore/{guest}");
+        if !saves.iter().chain([&restore]).any(|name| self.is_wanted(name)) {
+            return Ok(());
+        }
+        let source = self.source(kind)?;
+        let mut rng = Rng::new(1);
+        source.domain.fill(|pfn| Some(content.page(pfn, &mut rng)));
+        for (name, writing) in saves.into_iter().zip([false, true]) {
+            if self.is_wanted(&name) {
+                let save = |program| self.save(&source, program, writing);
+                show(&self.figure(name, save, || self.copy_out(&source))?);
+            }
+        }
+        if self.is_wanted(&restore) {
+            let file = tempfile::tempfile().context("Cannot make a file")?;
+            let stream = file.try_clone().context("Cannot duplicate a descriptor")?;
+            let saved = self.helper(Program::Stock, &source).save(stream.into(), true)?;
+            ensure!(saved.succeeded(), "stock: {}", saved.describe());
+            let run = |program| self.restore(&source, program, &file);
+            show(&self.figure(restore, run, || self.copy_in(&file))?);
+        }
+        Ok(())
+    }
+
+    fn is_wanted(&self, name: &str) -> bool {
+        name.starts_with(&self.only)
     }
 
     /// Runs both helpers and the copy in turn, and takes medians.
     fn figure(
         &self,
         name: String,
-        mut run: impl FnMut(Program) -> Result<Duration>,
+        mut run: impl FnMut(Program) -> Result<Run>,
         mut copy: impl FnMut() -> Result<Duration>,
     ) -> Result<Figure> {
-        let (mut rxl, mut stock, mut ratios, mut limit) = (vec![], vec![], vec![], vec![]);
+        let (mut rxl, mut stock, mut limit) = (vec![], vec![], vec![]);
         for pair in 0..self.pairs {
             let order = match pair % 2 {
                 0 => [Program::Rxl, Program::Stock],
                 _ => [Program::Stock, Program::Rxl],
             };
-            let mut speed = [0.0; 2];
             for program in order {
-                let took = run(program).with_context(|| format!("{name} by {program}"))?;
+                let run = run(program).with_context(|| format!("{name} by {program}"))?;
                 match program {
-                    Program::Rxl => speed[0] = self.speed(took),
-                    Program::Stock => speed[1] = self.speed(took),
+                    Program::Rxl => rxl.push(run),
+                    Program::Stock => stock.push(run),
                 }
             }
-            rxl.push(speed[0]);
-            stock.push(speed[1]);
-            ratios.push(speed[0] / speed[1]);
             limit.push(self.speed(copy().with_context(|| format!("{name} by a plain copy"))?));
         }
-        let [rxl, stock, ratio, limit] = [rxl, stock, ratios, limit].map(median);
-        Ok(Figure { name, rxl, stock, ratio, limit })
+        let speeds = |runs: &[Run]| median(runs.iter().map(|run| self.speed(run.took)).collect());
+        let over_pairs = |of: fn(&Run, &Run) -> f64| {
+            median(rxl.iter().zip(&stock).map(|(rxl, stock)| of(rxl, stock)).collect())
+        };
+        Ok(Figure {
+            name,
+            rxl: speeds(&rxl),
+            stock: speeds(&stock),
+            ratio: over_pairs(|rxl, stock| stock.took.div_duration_f64(rxl.took)),
+            limit: median(limit),
+            cpu_ratio: over_pairs(|rxl, stock| rxl.cpu.div_duration_f64(stock.cpu)),
+            requests_ratio: over_pairs(|rxl, stock| rxl.requests as f64 / stock.requests as f64),
+        })
     }
 
-    #[allow(clippy::cast_precision_loss, reason = "MiB are far fewer than a float can count")]
     fn speed(&self, took: Duration) -> f64 {
         self.mib as f64 / took.as_secs_f64()
     }
@@ -179,7 +231,16 @@ impl Bench {
 
     fn machine(&self) -> Result<Machine> {
         let frames = self.pages() + SPARE_FRAMES;
-        Machine::start(MachineSpec { frames, seed: 1, fresh: true })
+        let machine = Machine::start(MachineSpec { frames, seed: 1, fresh: true })?;
+        // A machine has its memory. Nobody is to be charged for what this host has to do for it.
+        let backed = Command::new(&self.plain_copy)
+            .arg("back")
+            .arg(machine.memory_path())
+            .args(["0".to_owned(), frames.to_string()])
+            .status()
+            .context("Cannot start the plain copy")?;
+        ensure!(backed.success(), "the machine's memory cannot be had: {backed}");
+        Ok(machine)
     }
 
     fn source(&self, kind: GuestKind) -> Result<Side> {
@@ -205,14 +266,15 @@ impl Bench {
     }
 
     /// Saves live into a socket that is read and forgotten. Then the guest runs on.
-    fn save(&self, source: &Side, program: Program, writing: bool) -> Result<Duration> {
+    fn save(&self, source: &Side, program: Program, writing: bool) -> Result<Run> {
+        let before = source.machine.requests();
         let ended = into_nothing(|stream| {
             let _guest = writing.then(|| source.machine.run_guests(GUEST_PAUSE));
             self.helper(program, source).save(stream, true)
         })?;
         ensure!(ended.succeeded(), "{}", ended.describe());
         source.domain.resume();
-        Ok(ended.took)
+        Ok(source.run(&ended, before))
     }
 
     /// The same bytes by a plain copy.
@@ -224,7 +286,7 @@ impl Bench {
     }
 
     /// Restores into a new domain, which has to be what `source` was.
-    fn restore(&self, source: &Side, program: Program, file: &File) -> Result<Duration> {
+    fn restore(&self, source: &Side, program: Program, file: &File) -> Result<Run> {
         let machine = self.machine()?;
         let info = source.domain.info()?;
         let domain = machine.host().create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
@@ -232,11 +294,12 @@ impl Bench {
         let stream = from_start(file)?;
         let ended = self.helper(program, &target).restore(stream.into(), &WIRING)?;
         ensure!(ended.succeeded(), "{}", ended.describe());
+        let run = target.run(&ended, 0);
         target.machine.settle()?;
         let rings = ended.rings.context("no word of the rings")?;
         let differences = compare(&source.domain, &target.domain, &WIRING, &rings);
         ensure!(differences.is_empty(), "the copy differs: {differences:?}");
-        Ok(ended.took)
+        Ok(run)
     }
 
     /// As many bytes of the same file, into the memory of a machine. The file may have a few pages
@@ -301,10 +364,13 @@ mod tests {
     #[test]
     fn a_figure_is_one_line_with_the_fields_in_order() {
         let name = "save/pvh/zero/idle".to_owned();
-        let figure = Figure { name, rxl: 300.0, stock: 200.0, ratio: 1.5, limit: 1000.0 };
+        let (rxl, stock, ratio, limit) = (300.0, 200.0, 1.5, 1000.0);
+        let (cpu_ratio, requests_ratio) = (0.75, 0.5);
+        let figure = Figure { name, rxl, stock, ratio, limit, cpu_ratio, requests_ratio };
         let expected = r#"{"name":"save/pvh/zero/idle","unit":"MiB/s","rxl":300.0,"stock":200.0,"#
             .to_owned()
-            + r#""ratio":1.500,"limit":1000.0,"of_limit":0.300}"#;
+            + r#""ratio":1.500,"limit":1000.0,"of_limit":0.300,"#
+            + r#""cpu_ratio":0.750,"requests_ratio":0.500}"#;
         assert_eq!(figure.json(), expected);
     }
 

@@ -16,6 +16,7 @@ use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::target::{Options, Outcome};
 
 use crate::machine::Machine;
+use crate::usage::Usage;
 use crate::ways::Ways;
 
 /// A helper that is silent for so long is stuck.
@@ -102,6 +103,8 @@ pub struct Ended {
     pub suspended_for: Option<Duration>,
     /// [`FakeDomain::fingerprint`] at suspension, if one was to be taken.
     pub fingerprint: Option<u64>,
+    /// What it had used when it said that it was done.
+    pub used: Usage,
 }
 
 impl Ended {
@@ -196,6 +199,7 @@ impl Helper<'_> {
             took: started.elapsed(),
             suspended_for: talk.suspended.map(|at| at.elapsed()),
             fingerprint: talk.fingerprint,
+            used: talk.used,
         })
     }
 }
@@ -210,6 +214,8 @@ struct Conversation<'a> {
     errors: Vec<String>,
     suspended: Option<Instant>,
     fingerprint: Option<u64>,
+    pid: u32,
+    used: Usage,
 }
 
 impl<'a> Conversation<'a> {
@@ -235,6 +241,8 @@ impl<'a> Conversation<'a> {
             errors: Vec::new(),
             suspended: None,
             fingerprint: None,
+            pid: child.id(),
+            used: Usage::default(),
         })
     }
 
@@ -276,6 +284,7 @@ impl<'a> Conversation<'a> {
             }
             Message::Complete { retval, errno } => {
                 self.complete = Some((retval, errno));
+                self.used = Usage::of(self.pid);
                 self.reply(0)?;
             }
         }

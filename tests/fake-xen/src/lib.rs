@@ -35,6 +35,7 @@ mod migration;
 mod planted;
 mod stream;
 mod trouble;
+mod usage;
 mod ways;
 mod wire;
 
@@ -45,4 +46,5 @@ pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};
 pub use planted::Planted;
 pub use stream::without_optional;
 pub use trouble::{Outcome, Weathered};
+pub use usage::Usage;
 pub use ways::Ways;

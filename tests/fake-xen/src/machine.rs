@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     unknown: Mutex<Vec<String>>,
     /// Nanoseconds that every call takes at least.
     delay_ns: AtomicU64,
+    /// Requests of clients so far.
+    requests: AtomicU64,
     ended: AtomicBool,
 }
 
@@ -54,6 +56,10 @@ impl Shared {
     /// A hypercall that is not modelled.
     pub(crate) fn note_unknown(&self, what: String) {
         locked(&self.unknown).push(what);
+    }
+
+    pub(crate) fn note_request(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn delay(&self) -> Duration {
@@ -106,6 +112,7 @@ impl Machine {
             changed: Condvar::new(),
             unknown: Mutex::default(),
             delay_ns: AtomicU64::new(0),
+            requests: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         });
         let acceptor = {
@@ -137,6 +144,12 @@ impl Machine {
     pub fn slow_down(&self, time: Duration) {
         let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.shared.delay_ns.store(ns, Ordering::Relaxed);
+    }
+
+    /// How often programs have asked something of it: hypercalls, mappings, and their ends.
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.shared.requests.load(Ordering::Relaxed)
     }
 
     /// Hypercalls that were made and are not modelled, each by name or number.

@@ -1,6 +1,7 @@
 //! The limit that `tests/bench engine` holds the save helpers against: the bytes of a machine's
 //! memory, straight from a mapping to a stream (`out`, standard output) or from a stream into a
-//! mapping (`in`, standard input), and nothing else.
+//! mapping (`in`, standard input), and nothing else. `back` only makes the memory, in large pages
+//! if there are any.
 //!
 //! # Safety
 //! The mapping is memory that others write, so no reference to it is made: the kernel copies it.
@@ -18,12 +19,16 @@ const PIECE: usize = 4 << 20;
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [direction, memory, first, pages] = args.as_slice() else {
-        return Err(Error::other("usage: rxl-plain-copy out|in MEMORY FIRST-PAGE PAGES"));
+        return Err(Error::other("usage: rxl-plain-copy out|in|back MEMORY FIRST-PAGE PAGES"));
     };
     let number = |text: &String| text.parse::<usize>().map_err(Error::other);
     let (offset, bytes) = (number(first)? * PAGE, number(pages)? * PAGE);
+    if direction == "back" {
+        return back(map(memory, offset, bytes, libc::MAP_SHARED)?, bytes);
+    }
     let out = direction == "out";
-    let start = map(memory, offset, bytes)?;
+    // Filled in at once, as what the helpers map.
+    let start = map(memory, offset, bytes, libc::MAP_SHARED | libc::MAP_POPULATE)?;
     let mut done = 0;
     while done < bytes {
         let (at, count) = (start.wrapping_byte_add(done), PIECE.min(bytes - done));
@@ -42,12 +47,24 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn map(memory: &str, offset: usize, bytes: usize) -> Result<*mut c_void> {
+/// Gives the mapping its pages.
+fn back(start: *mut c_void, bytes: usize) -> Result<()> {
+    // Without large pages it works as well.
+    // SAFETY: the mapping, all of it.
+    unsafe { libc::madvise(start, bytes, libc::MADV_HUGEPAGE) };
+    // SAFETY: as above; its content does not change.
+    match unsafe { libc::madvise(start, bytes, libc::MADV_POPULATE_WRITE) } {
+        0 => Ok(()),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+fn map(memory: &str, offset: usize, bytes: usize, flags: c_int) -> Result<*mut c_void> {
     let memory = OpenOptions::new().read(true).write(true).open(memory)?;
     let prot: c_int = libc::PROT_READ | libc::PROT_WRITE;
     let offset = i64::try_from(offset).map_err(Error::other)?;
     let fd = memory.as_raw_fd();
     // SAFETY: a new mapping at an address of the kernel's choice.
-    let start = unsafe { libc::mmap(null_mut(), bytes, prot, libc::MAP_SHARED, fd, offset) };
+    let start = unsafe { libc::mmap(null_mut(), bytes, prot, flags, fd, offset) };
     if start == libc::MAP_FAILED { Err(Error::last_os_error()) } else { Ok(start) }
 }
