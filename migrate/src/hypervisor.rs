@@ -10,6 +10,7 @@
 use std::io;
 
 use crate::bitmap::PageBitmap;
+use crate::counters::Counters;
 use crate::frame::{DomId, PageBuf, PageType, Pfn};
 use crate::report::Event;
 
@@ -163,6 +164,10 @@ pub trait Domain {
     /// # Errors
     /// The hypercalls' and the mapping's.
     fn map_m2p(&self) -> HvResult<Self::Pages>;
+    /// What has been done for this domain so far, by this handle of it.
+    fn counters(&self) -> Counters {
+        Counters::default()
+    }
 }
 
 /// TSC mode and offsets (`XEN_DOMCTL_gettscinfo`).

@@ -9,6 +9,8 @@ use std::io::{BufRead, BufReader, Read};
 
 use serde::{Deserialize, Serialize};
 
+use crate::counters::Counters;
+
 /// Longest line; the helper's are below 1 KiB but for an error text.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 /// Most events that are kept; a migration has a dozen for each pass.
@@ -99,6 +101,17 @@ pub enum Event {
         link: u8,
         /// Why.
         why: String,
+    },
+    /// What a process has done in all.
+    Counted {
+        /// The link that it had to itself; else it wrote the stream.
+        link: Option<u8>,
+        /// Bytes of page data that it sent; 0 for the process that makes the passes.
+        bytes: u64,
+        /// Batches that it sent; 0 for the process that makes the passes.
+        batches: u64,
+        /// The rest.
+        counters: Counters,
     },
     /// The guest is asked to suspend: the pause begins at some moment after this.
     SuspendAsked,

@@ -94,7 +94,7 @@ mod tests {
             assert_eq!(receive(theirs.as_fd()).unwrap(), Some(request.clone()));
         }
         let done = Ok(Outcome { sent: pages.clone(), ..Outcome::default() });
-        let reply = Reply { done, sent: u64::MAX, confirmed: u64::MAX };
+        let reply = Reply { done, sent: u64::MAX, confirmed: u64::MAX, counters: None };
         send(theirs.as_fd(), &reply).unwrap();
         assert_eq!(receive(ours.as_fd()).unwrap(), Some(reply));
         let answer = Answer::Frames(pages.iter().map(|pfn| pfn.0).collect());

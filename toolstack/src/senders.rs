@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
@@ -72,17 +73,21 @@ pub struct SharedOut<O> {
     out: O,
     /// `None`: nobody else writes.
     turn: Option<Turn>,
+    /// Time spent waiting for it.
+    stalled: Duration,
 }
 
 impl<O> SharedOut<O> {
     /// Writes to `out` when it has the turn, if there is one.
     pub fn new(out: O, turn: Option<Turn>) -> SharedOut<O> {
-        SharedOut { out, turn }
+        SharedOut { out, turn, stalled: Duration::ZERO }
     }
 
     fn in_turn(&mut self, write: impl FnOnce(&mut O) -> io::Result<()>) -> io::Result<()> {
         let Some(turn) = &self.turn else { return write(&mut self.out) };
+        let started = Instant::now();
         turn.take()?;
+        self.stalled += started.elapsed();
         // After an error the stream is worthless, and nobody gets the turn any more.
         write(&mut self.out)?;
         turn.give()
@@ -107,6 +112,10 @@ impl<O> Confirmed for SharedOut<O> {
 
     fn wait_confirmed(&mut self, _records: u64) -> io::Result<()> {
         Ok(())
+    }
+
+    fn stalled_ns(&self) -> u64 {
+        u64::try_from(self.stalled.as_nanos()).unwrap_or(u64::MAX)
     }
 }
 

@@ -10,9 +10,11 @@
 //!
 //! The fields that need the save helper's events are absent where libxl ran another helper.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
+use rxl_migrate::counters::Counters;
 use rxl_migrate::report::{Event, PassPages, Stamped};
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
 use serde::Serialize;
@@ -109,6 +111,27 @@ pub(crate) struct Report {
     pub(crate) rate_mib_s: Option<f64>,
     /// The passes that ended.
     pub(crate) passes: Vec<Pass>,
+    /// Connections beside the stream.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) links: Vec<Link>,
+    /// What all processes of this side have done in all.
+    pub(crate) counters: Counters,
+}
+
+/// One connection beside the stream.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct Link {
+    /// Its number.
+    pub(crate) link: u8,
+    /// Bytes of page data sent over it.
+    pub(crate) bytes: u64,
+    /// Batches sent over it.
+    pub(crate) batches: u64,
+    /// Time in which it took no more.
+    pub(crate) stalled_ms: f64,
+    /// Why it was given up, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) lost: Option<String>,
 }
 
 /// What the report is made from.
@@ -152,6 +175,8 @@ impl Report {
             bytes,
             rate_mib_s: bytes.zip(seconds).map(|(b, s)| as_f64(b) / MIB / s),
             passes: passes(facts.events),
+            links: links(facts.events),
+            counters: counters(facts.events),
         }
     }
 
@@ -172,7 +197,34 @@ impl Report {
             let mib = as_f64(bytes) / MIB;
             line += &format!(", {mib:.0} MiB in {passes} pass{es}, {rate:.0} MiB/s");
         }
+        match self.links.len() {
+            0 => {}
+            1 => line += ", 1 connection",
+            links => line += &format!(", {links} connections"),
+        }
         line
+    }
+
+    /// What `-v` tells beside: connections and counters.
+    pub(crate) fn details(&self) -> Vec<String> {
+        let link = |link: &Link| {
+            let Link { link: number, bytes, batches, stalled_ms, lost } = link;
+            let lost = lost.as_ref().map_or(String::new(), |why| format!("; lost: {why}"));
+            let mib = as_f64(*bytes) / MIB;
+            format!(
+                "rxl: connection {number}: {mib:.1} MiB in {batches} batches, \
+                 waited for {stalled_ms:.0} ms{lost}"
+            )
+        };
+        let Counters { hypercalls, mappings, mapped_pages, map_ns, unmap_ns, .. } = &self.counters;
+        let (map, unmap) = (as_f64(*map_ns) / 1e6, as_f64(*unmap_ns) / 1e6);
+        let calls: Vec<String> = hypercalls.iter().map(|(op, n)| format!("{op} {n}")).collect();
+        let mapped = format!(
+            "rxl: {mapped_pages} pages in {mappings} mappings, {map:.0} ms to map and {unmap:.0} ms \
+             to unmap them"
+        );
+        let calls = format!("rxl: hypercalls: {}", calls.join(", "));
+        self.links.iter().map(link).chain([mapped, calls]).collect()
     }
 
     /// Writes the JSON to `path`.
@@ -217,6 +269,37 @@ fn passes(events: &[Stamped]) -> Vec<Pass> {
         }
     }
     passes
+}
+
+fn links(events: &[Stamped]) -> Vec<Link> {
+    let mut links: BTreeMap<u8, Link> = BTreeMap::new();
+    for stamped in events {
+        match &stamped.event {
+            Event::LinkJoined { link } => {
+                links.insert(*link, Link { link: *link, ..Link::default() });
+            }
+            Event::LinkLost { link, why } => {
+                links.entry(*link).or_default().lost = Some(why.clone());
+            }
+            Event::Counted { link: Some(number), bytes, batches, counters } => {
+                let link = links.entry(*number).or_default();
+                (link.bytes, link.batches) = (*bytes, *batches);
+                link.stalled_ms = as_f64(counters.stalled_ns) / 1e6;
+            }
+            _ => {}
+        }
+    }
+    links.into_values().collect()
+}
+
+fn counters(events: &[Stamped]) -> Counters {
+    let mut sum = Counters::default();
+    for stamped in events {
+        if let Event::Counted { counters, .. } = &stamped.event {
+            sum += counters;
+        }
+    }
+    sum
 }
 
 fn bytes_so_far(event: &Event) -> Option<u64> {
@@ -303,6 +386,42 @@ mod tests {
         assert_eq!(passes, [(false, 1 << 20, 1000.0), (true, 2 << 20, 20.0)]);
         let line = "rxl: web moved to host2 in 2.0 s: pause 850 ms, 3 MiB in 2 passes, 2 MiB/s";
         assert_eq!(report.summary(), line);
+    }
+
+    #[test]
+    fn connections_are_told_with_what_they_carried_and_what_became_of_them() {
+        let counted = |link, mappings| Event::Counted {
+            link,
+            bytes: 3 << 20,
+            batches: 2,
+            counters: Counters { mappings, stalled_ns: 5 * MS, ..Counters::default() },
+        };
+        let why = "nothing was heard of the receiver".to_owned();
+        let more = [
+            Event::LinkJoined { link: 0 },
+            Event::LinkJoined { link: 7 },
+            Event::LinkLost { link: 7, why },
+            counted(Some(0), 10),
+            counted(None, 1),
+        ];
+        let more = more.map(|event| Stamped { t_ns: 1600 * MS, event });
+        let report = Report::new(&Facts {
+            domain: "web",
+            host: "host2",
+            end: SenderEnd::Moved,
+            cause: &[],
+            timeline: &timeline(),
+            events: &[events(), more.to_vec()].concat(),
+        });
+        assert!(report.summary().ends_with(" MiB/s, 2 connections"), "{}", report.summary());
+        assert_eq!(report.counters.mappings, 11);
+        let details = report.details();
+        assert_eq!(details[0], "rxl: connection 0: 3.0 MiB in 2 batches, waited for 5 ms");
+        assert!(
+            details[1].ends_with("; lost: nothing was heard of the receiver"),
+            "{}",
+            details[1]
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::source::batch::Outcome;
@@ -32,9 +33,22 @@ struct Member {
     link: Option<u8>,
     /// Pages of each request that it has, the oldest first.
     under_way: VecDeque<Vec<Pfn>>,
+    /// What it has sent.
+    total: Total,
     /// Pages of what it has sent and the receiver has not confirmed, each with the number of
     /// records that have to be confirmed for that.
     unconfirmed: VecDeque<(u64, Vec<Pfn>)>,
+}
+
+/// What one worker has sent.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Total {
+    /// Over which link, if not over the stream.
+    pub(super) link: Option<u8>,
+    /// Bytes of page data.
+    pub(super) bytes: u64,
+    /// Batches.
+    pub(super) batches: u64,
 }
 
 /// What the sender of passes has to know.
@@ -46,6 +60,8 @@ pub(super) enum Noted {
     Joined(u8),
     /// A request is done.
     Done(Outcome),
+    /// What a worker has sent, and done for it.
+    Counted(Total, Counters),
     /// A link is lost, and with it these pages.
     Lost {
         /// Which.
@@ -54,6 +70,8 @@ pub(super) enum Noted {
         pages: Vec<Pfn>,
         /// Why.
         why: String,
+        /// What it has sent, whether it arrived or not.
+        total: Total,
     },
 }
 
@@ -132,6 +150,13 @@ impl Crew {
         }
     }
 
+    /// Asks all workers what they have done.
+    pub(super) fn count(&mut self) {
+        for worker in self.members.keys().copied().collect::<Vec<_>>() {
+            self.submit(worker, &Request::Count, Vec::new());
+        }
+    }
+
     fn links(&self) -> Vec<(WorkerId, u8)> {
         let links = self.members.iter().filter_map(|(worker, m)| Some((*worker, m.link?)));
         links.collect()
@@ -161,12 +186,16 @@ impl Crew {
     fn note(&mut self, news: News) -> Result<Noted> {
         match news {
             News::Joined(worker, link) => Ok(self.join(worker, link)),
-            News::Reply(worker, Reply { done: Ok(outcome), sent, confirmed }) => {
-                if let Some(member) = self.members.get_mut(&worker) {
-                    let pages = member.under_way.pop_front().unwrap_or_default();
-                    member.note_sent(pages, sent, confirmed);
-                }
-                Ok(Noted::Done(outcome))
+            News::Reply(worker, Reply { done: Ok(outcome), sent, confirmed, counters }) => {
+                let Some(member) = self.members.get_mut(&worker) else { return Ok(Noted::Nothing) };
+                let pages = member.under_way.pop_front().unwrap_or_default();
+                member.note_sent(pages, sent, confirmed);
+                member.total.bytes += outcome.bytes;
+                member.total.batches += u64::from(outcome.pages() > 0);
+                Ok(match counters {
+                    Some(counters) => Noted::Counted(member.total, counters),
+                    None => Noted::Done(outcome),
+                })
             }
             News::Reply(worker, Reply { done: Err(Failure::Way(why)), .. }) => {
                 self.lose(worker, why)
@@ -178,7 +207,8 @@ impl Crew {
 
     fn join(&mut self, worker: WorkerId, link: Option<u8>) -> Noted {
         let (under_way, unconfirmed) = (VecDeque::new(), VecDeque::new());
-        self.members.insert(worker, Member { link, under_way, unconfirmed });
+        let total = Total { link, ..Total::default() };
+        self.members.insert(worker, Member { link, under_way, total, unconfirmed });
         let Some(link) = link else { return Noted::Nothing };
         self.took_part.insert(link);
         self.submit(worker, &Request::Pass(self.pass), Vec::new());
@@ -193,7 +223,7 @@ impl Crew {
         let Some(link) = member.link else { return Err(Error::Batch(why)) };
         let unconfirmed = member.unconfirmed.into_iter().map(|(_, pages)| pages);
         let pages = unconfirmed.chain(member.under_way).flatten().collect();
-        Ok(Noted::Lost { link, pages, why })
+        Ok(Noted::Lost { link, pages, why, total: member.total })
     }
 }
 

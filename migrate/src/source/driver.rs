@@ -157,7 +157,10 @@ where
                 let record = libxc::record(RecordKind::Verify, &[])?;
                 self.sender.write_record(&record, "writing the verify record")?;
             }
-            Action::WriteTail => self.write_tail()?,
+            Action::WriteTail => {
+                self.write_tail()?;
+                self.sender.tell_work();
+            }
             Action::Cleanup => self.cleanup(),
             Action::Finish { .. } => {}
         }

@@ -11,12 +11,13 @@
 use std::iter::Peekable;
 
 use crate::bitmap::PageBitmap;
+use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::frame::{PageType, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
 use crate::source::batch::{BatchSender, Outcome};
-use crate::source::crew::{Crew, Noted};
+use crate::source::crew::{Crew, Noted, Total};
 use crate::source::workers::Workers;
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link;
@@ -223,6 +224,29 @@ where
         self.collect_all(progress)
     }
 
+    /// Tells what this process and all workers have done. It is all over: whoever fails now is not
+    /// counted, and that is all.
+    pub(super) fn tell_work(&mut self) {
+        self.tell_counts(Total::default(), self.batches.domain.counters());
+        if let Some(crew) = &mut self.crew {
+            crew.count();
+        }
+        // The stream has had its last record: whatever the news, nothing is written any more.
+        while let Some(crew) = self.crew.as_mut().filter(|crew| !crew.is_idle()) {
+            match crew.news(true) {
+                Ok(Some(Noted::Counted(total, counters))) => self.tell_counts(total, counters),
+                Ok(Some(Noted::Lost { total, .. })) => self.tell_counts(total, Counters::default()),
+                Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn tell_counts(&mut self, total: Total, counters: Counters) {
+        let Total { link, bytes, batches } = total;
+        self.toolstack.event(&Event::Counted { link, bytes, batches, counters });
+    }
+
     /// Takes what news there is of the workers; `wait` for some. Tells of an abort as well.
     fn take_news(&mut self, mut wait: bool, progress: &mut Progress) -> Result<()> {
         if self.toolstack.aborted() {
@@ -247,12 +271,14 @@ where
             Noted::Nothing => {}
             Noted::Joined(link) => self.toolstack.event(&Event::LinkJoined { link }),
             Noted::Done(outcome) => self.note(&outcome, progress)?,
-            Noted::Lost { link, pages, why } => {
+            Noted::Counted(total, counters) => self.tell_counts(total, counters),
+            Noted::Lost { link, pages, why, total } => {
                 self.write_record(&link::link_lost_record(link)?, "telling of a lost link")?;
                 pages.iter().for_each(|pfn| self.again.set(*pfn));
                 let text = format!("Connection {link} is lost: {why}");
                 self.toolstack.log(LogLevel::Warn, &text);
                 self.toolstack.event(&Event::LinkLost { link, why });
+                self.tell_counts(total, Counters::default());
             }
         }
         Ok(())

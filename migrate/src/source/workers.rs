@@ -17,6 +17,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut};
@@ -48,6 +49,8 @@ pub enum Request {
     Pass(u32),
     /// Wait until all that it has sent is confirmed. Only over a link.
     Confirm,
+    /// Say what it has done.
+    Count,
 }
 
 /// What became of a request.
@@ -59,6 +62,8 @@ pub struct Reply {
     pub sent: u64,
     /// Those of them that the receiver has confirmed.
     pub confirmed: u64,
+    /// What it has done, if that was asked for.
+    pub counters: Option<Counters>,
 }
 
 /// Why a request could not be done.
@@ -134,6 +139,10 @@ pub trait Confirmed {
     /// # Errors
     /// The way is broken, or the receiver has been silent for too long.
     fn wait_confirmed(&mut self, records: u64) -> io::Result<()>;
+    /// Nanoseconds in which this way was waited for.
+    fn stalled_ns(&self) -> u64 {
+        0
+    }
 }
 
 /// Does requests, sending pages of `domain` to `out`, until there are no more.
@@ -150,10 +159,12 @@ where
     let space = Space::open(domain, &domain.info()?)?;
     let mut worker = Worker { batches: BatchSender::new(domain, out, space), sent: 0 };
     while let Some(request) = employer.next().map_err(talk)? {
+        let counters = (request == Request::Count).then(|| worker.counters());
         let done = worker.serve(request).map_err(Failure::from);
         // A way that is broken shows it again where it matters.
         let confirmed = worker.batches.out.confirmed().unwrap_or(0);
-        employer.reply(&Reply { done, sent: worker.sent, confirmed }).map_err(talk)?;
+        let reply = Reply { done, sent: worker.sent, confirmed, counters };
+        employer.reply(&reply).map_err(talk)?;
     }
     Ok(())
 }
@@ -190,8 +201,15 @@ where
                 let what = "waiting for the receiver's confirmation";
                 wait.map_err(|source| Error::Stream { what, source })?;
             }
+            Request::Count => {}
         }
         Ok(outcome)
+    }
+
+    fn counters(&self) -> Counters {
+        let mut counters = self.batches.domain.counters();
+        counters.stalled_ns = self.batches.out.stalled_ns();
+        counters
     }
 
     fn write(&mut self, bytes: &[u8], what: &'static str) -> Result<()> {

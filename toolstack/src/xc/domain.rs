@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use rustix::io::Errno;
+use rxl_migrate::counters::Counters;
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{Access, BATCH_PAGES_MAX, Domain, DomainInfo, HvResult};
 use rxl_xen_sys::abi;
@@ -131,6 +132,12 @@ impl Domain for LiveDomain {
             starts.into_iter().flat_map(|start| start..start + M2P_CHUNK_PAGES).collect();
         // Xen's own memory has a domain's number.
         self.foreign.map(abi::DOMID_XEN, &frames, Access::Read)
+    }
+
+    fn counters(&self) -> Counters {
+        let mut counters = Counters { hypercalls: self.xen.calls(), ..Counters::default() };
+        self.foreign.count(&mut counters);
+        counters
     }
 }
 

@@ -11,8 +11,11 @@
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use rustix::io::Errno;
+use rxl_migrate::counters::Counters;
 #[cfg(test)]
 use rxl_migrate::frame::PAGE_SIZE;
 use rxl_migrate::frame::{PageBuf, WORDS_PER_PAGE};
@@ -28,7 +31,23 @@ const MAP: &str = "xenforeignmemory_map";
 const FRAMES_END: u64 = 1 << 40;
 
 /// An open handle of libxenforeignmemory.
-pub(super) struct ForeignHandle(NonNull<stable::xenforeignmemory_handle>);
+pub(super) struct ForeignHandle {
+    raw: NonNull<stable::xenforeignmemory_handle>,
+    done: Done,
+}
+
+/// What has been mapped so far.
+#[derive(Debug, Default)]
+struct Done {
+    mappings: AtomicU64,
+    pages: AtomicU64,
+    map_ns: AtomicU64,
+    unmap_ns: AtomicU64,
+}
+
+fn add(to: &AtomicU64, count: u128) {
+    to.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
 
 // SAFETY: the library keeps no state but the descriptor that it opened, on which mmap and ioctl
 // may be called by any thread.
@@ -41,12 +60,21 @@ impl ForeignHandle {
         // SAFETY: the logger lives for ever; no flags.
         let raw = unsafe { stable::xenforeignmemory_open(silent_logger(), 0) };
         NonNull::new(raw)
-            .map(|raw| Arc::new(ForeignHandle(raw)))
+            .map(|raw| Arc::new(ForeignHandle { raw, done: Done::default() }))
             .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))
     }
 
     pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
-        self.0.as_ptr()
+        self.raw.as_ptr()
+    }
+
+    /// Notes in `counters` what has been mapped.
+    pub(super) fn count(&self, counters: &mut Counters) {
+        let Done { mappings, pages, map_ns, unmap_ns } = &self.done;
+        counters.mappings = mappings.load(Ordering::Relaxed);
+        counters.mapped_pages = pages.load(Ordering::Relaxed);
+        counters.map_ns = map_ns.load(Ordering::Relaxed);
+        counters.unmap_ns = unmap_ns.load(Ordering::Relaxed);
     }
 
     /// Maps `frames` of `domain`, in order; a frame may occur more than once. Pages that are
@@ -69,6 +97,7 @@ impl ForeignHandle {
             Access::ReadWrite => (libc::PROT_READ | libc::PROT_WRITE, true),
         };
         let mut errors = vec![0; frames.len()];
+        let started = Instant::now();
         // SAFETY: the handle is open; both arrays have as many entries as the count says.
         let start = unsafe {
             stable::xenforeignmemory_map(
@@ -80,6 +109,9 @@ impl ForeignHandle {
                 errors.as_mut_ptr(),
             )
         };
+        add(&self.done.map_ns, started.elapsed().as_nanos());
+        add(&self.done.mappings, 1);
+        add(&self.done.pages, frames.len() as u128);
         let start =
             NonNull::new(start.cast()).ok_or_else(|| hv(MAP, io::Error::last_os_error()))?;
         let backing = Backing::Foreign(Arc::clone(self));
@@ -149,6 +181,7 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        let started = Instant::now();
         let result = match &self.backing {
             // SAFETY: mapped with this handle and of this size; no reference to it exists.
             Backing::Foreign(handle) => unsafe {
@@ -160,6 +193,11 @@ impl Drop for Pages {
                 libc::munmap(self.start.as_ptr().cast(), self.count * PAGE_SIZE)
             },
         };
+        match &self.backing {
+            Backing::Foreign(handle) => add(&handle.done.unmap_ns, started.elapsed().as_nanos()),
+            #[cfg(test)]
+            Backing::Plain => {}
+        }
         if result != 0 {
             tracing::warn!(error = %io::Error::last_os_error(), "guest memory stays mapped");
         }

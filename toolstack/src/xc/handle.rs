@@ -9,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::io;
 use std::mem::{align_of, offset_of, size_of};
 use std::ptr::NonNull;
@@ -202,6 +203,8 @@ pub(super) struct Hypercalls {
     /// One page, for the argument itself.
     argument: RefCell<Buffer>,
     domctl_version: u32,
+    /// Calls so far, by the name of the operation.
+    calls: RefCell<BTreeMap<&'static str, u64>>,
 }
 
 impl Hypercalls {
@@ -209,7 +212,7 @@ impl Hypercalls {
     pub(super) fn open(domid: DomId) -> HvResult<(Hypercalls, abi::xen_domctl_getdomaininfo)> {
         let call = CallHandle::open()?;
         let argument = RefCell::new(Buffer::new(&call, PAGE_SIZE)?);
-        let mut xen = Hypercalls { call, argument, domctl_version: 0 };
+        let mut xen = Hypercalls { call, argument, domctl_version: 0, calls: RefCell::default() };
         for version in DOMCTL_VERSIONS {
             xen.domctl_version = version;
             match xen.domain_info(domid) {
@@ -225,6 +228,15 @@ impl Hypercalls {
     /// For buffers.
     pub(super) fn handle(&self) -> &Arc<CallHandle> {
         &self.call
+    }
+
+    /// Calls so far, by the name of the operation.
+    pub(super) fn calls(&self) -> BTreeMap<String, u64> {
+        self.calls.borrow().iter().map(|(op, count)| ((*op).to_owned(), *count)).collect()
+    }
+
+    fn count(&self, op: &'static str) {
+        *self.calls.borrow_mut().entry(op).or_default() += 1;
     }
 
     /// The version of the domctl interface that Xen has.
@@ -268,6 +280,7 @@ impl Hypercalls {
         argument: &mut T,
     ) -> HvResult<()> {
         const { assert!(size_of::<T>() <= 128 && align_of::<T>() <= 8) };
+        self.count(op.0);
         let mut domctl = abi::xen_domctl {
             cmd: op.1,
             interface_version: self.domctl_version,
@@ -307,6 +320,7 @@ impl Hypercalls {
         op: (&'static str, u32),
         argument: &mut T,
     ) -> HvResult<u64> {
+        self.count(op.0);
         let page = self.argument.borrow_mut().pointer::<u8>();
         let inner = page.expose_provenance() + offset_of!(LongCall<T>, argument);
         let entry = abi::multicall_entry {
@@ -331,6 +345,7 @@ impl Hypercalls {
         op: (&'static str, u32),
         param: &mut abi::xen_hvm_param,
     ) -> HvResult<()> {
+        self.count(op.0);
         let result = self.exchange(param, |handle, address| {
             // SAFETY: the handle is open, `address` is that of a whole `xen_hvm_param`.
             unsafe { stable::xencall2(handle, abi::__HYPERVISOR_hvm_op, op.1.into(), address) }
@@ -341,6 +356,7 @@ impl Hypercalls {
     /// The first `count` entries of `ops`, an array of `mmuext_op`.
     pub(super) fn mmuext(&self, ops: &mut Buffer, count: usize, domid: DomId) -> HvResult<()> {
         const OP: &str = "mmuext_op";
+        self.count(OP);
         if count > ops.len() / size_of::<abi::mmuext_op>() {
             return Err(hv(OP, Errno::INVAL));
         }

@@ -52,6 +52,8 @@ struct Listening {
     /// The start of a confirmation whose rest has not come.
     partial: Vec<u8>,
     heard: Instant,
+    /// Time spent waiting.
+    stalled: Duration,
 }
 
 impl SendingLink {
@@ -63,10 +65,9 @@ impl SendingLink {
         rustix::io::ioctl_fionbio(&socket, true)?;
         sockopt::set_tcp_nodelay(&socket, true)?;
         limit_unsent(socket.as_fd())?;
-        let (confirmed, partial, heard) = (0, Vec::new(), Instant::now());
-        Ok(SendingLink {
-            out: FdOut { fd: socket, waiting: Listening { confirmed, partial, heard } },
-        })
+        let (partial, heard) = (Vec::new(), Instant::now());
+        let waiting = Listening { confirmed: 0, partial, heard, stalled: Duration::ZERO };
+        Ok(SendingLink { out: FdOut { fd: socket, waiting } })
     }
 }
 
@@ -138,6 +139,7 @@ impl Wait for Listening {
     fn wait(&mut self, fd: BorrowedFd<'_>, to: Direction) -> io::Result<()> {
         let started = Instant::now();
         while !self.wait_for(fd, to.readiness(), started)? {}
+        self.stalled += started.elapsed();
         Ok(())
     }
 }
@@ -169,6 +171,10 @@ impl Confirmed for SendingLink {
             self.out.waiting.wait_for(self.out.fd.as_fd(), PollFlags::IN, started)?;
         }
         Ok(())
+    }
+
+    fn stalled_ns(&self) -> u64 {
+        u64::try_from(self.out.waiting.stalled.as_nanos()).unwrap_or(u64::MAX)
     }
 }
 

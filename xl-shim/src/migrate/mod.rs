@@ -77,6 +77,9 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     if report.outcome == Outcome::Moved {
         screen.line(&report.summary());
     }
+    if globals.verbose > 0 {
+        report.details().iter().for_each(|line| screen.line(line));
+    }
     if let Some(path) = &args.report {
         report.write(path)?;
     }

@@ -1,0 +1,63 @@
+//! What a process has done for a migration, in numbers that can be added up: hypercalls, mappings,
+//! time. Whoever does it counts (`toolstack`); here is only what is counted.
+
+use std::collections::BTreeMap;
+use std::ops::AddAssign;
+
+use serde::{Deserialize, Serialize};
+
+/// Counts of one process, or of several. Times are nanoseconds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Hypercalls by the name of the operation, those that a mapping takes in the kernel left out.
+    pub hypercalls: BTreeMap<String, u64>,
+    /// Mappings of guest memory that were made.
+    pub mappings: u64,
+    /// Pages that they had.
+    pub mapped_pages: u64,
+    /// Time that making them took.
+    pub map_ns: u64,
+    /// Time that removing them took.
+    pub unmap_ns: u64,
+    /// Time in which there was something to send and the way to the receiver, or others on it, had
+    /// to be waited for.
+    pub stalled_ns: u64,
+}
+
+impl AddAssign<&Counters> for Counters {
+    fn add_assign(&mut self, other: &Counters) {
+        for (op, count) in &other.hypercalls {
+            let sum = self.hypercalls.entry(op.clone()).or_default();
+            *sum = sum.saturating_add(*count);
+        }
+        for (sum, add) in [
+            (&mut self.mappings, other.mappings),
+            (&mut self.mapped_pages, other.mapped_pages),
+            (&mut self.map_ns, other.map_ns),
+            (&mut self.unmap_ns, other.unmap_ns),
+            (&mut self.stalled_ns, other.stalled_ns),
+        ] {
+            *sum = sum.saturating_add(add);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_add_up_and_do_not_wrap() {
+        let one = |op: &str, count| Counters {
+            hypercalls: BTreeMap::from([(op.to_owned(), count)]),
+            mappings: count,
+            ..Counters::default()
+        };
+        let mut sum = one("a", u64::MAX);
+        sum += &one("a", 1);
+        sum += &one("b", 2);
+        assert_eq!(sum.hypercalls, BTreeMap::from([("a".into(), u64::MAX), ("b".into(), 2)]));
+        assert_eq!(sum.mappings, u64::MAX);
+    }
+}
