@@ -10,6 +10,7 @@ pub mod background;
 pub mod bad_input;
 pub mod bench;
 pub mod census;
+pub mod failures;
 pub mod fake;
 pub mod fuzz;
 pub mod lab;

@@ -220,8 +220,8 @@ impl Report {
         let (map, unmap) = (as_f64(*map_ns) / 1e6, as_f64(*unmap_ns) / 1e6);
         let calls: Vec<String> = hypercalls.iter().map(|(op, n)| format!("{op} {n}")).collect();
         let mapped = format!(
-            "rxl: {mapped_pages} pages in {mappings} mappings, {map:.0} ms to map and {unmap:.0} ms \
-             to unmap them"
+            "rxl: {mapped_pages} pages in {mappings} mappings, {map:.0} ms to map and \
+             {unmap:.0} ms to unmap them"
         );
         let calls = format!("rxl: hypercalls: {}", calls.join(", "));
         self.links.iter().map(link).chain([mapped, calls]).collect()

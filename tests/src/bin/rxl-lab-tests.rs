@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, fake, fuzz, sim, smoke, soak, unit};
+use rxl_tests::{bad_input, failures, fake, fuzz, sim, smoke, soak, unit};
 
 /// Seeds of the simulator that CI runs: some ten seconds.
 const SIM_SEEDS: u64 = 2_000;
@@ -53,6 +53,8 @@ enum Suite {
     },
     /// Migrations that have to fail without harm to the guest
     BadInput,
+    /// Workers, connections and NICs are lost while guests move over four NICs
+    Failures,
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -75,6 +77,11 @@ fn main() -> ExitCode {
             soak::run(tally, session, rounds);
         }),
         Some(Suite::BadInput) => in_lab(&mut tally, bad_input::run),
+        Some(Suite::Failures) => {
+            if let Some(session) = tally.case("the lab is up, with rxl on it", failures::open) {
+                failures::run(&mut tally, &session);
+            }
+        }
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()
