@@ -85,12 +85,13 @@ fn matrix(tally: &mut Tally, rig: &Rig, runs: u64, seed: u64) {
 fn ways(pair: Pair, seed: u64) -> Ways {
     let turn = seed / CELLS + seed;
     match pair {
-        (Program::Rxl, Program::Rxl) => match turn % 6 {
+        (Program::Rxl, Program::Rxl) => match turn % 7 {
             0 => Ways::Alone,
             1 => Ways::Workers(3),
             2 => Ways::Links(1),
             3 => Ways::Killed(4, 3),
             4 => Ways::Links(4),
+            5 => Ways::Sealed(2),
             _ => Ways::Killed(2, 8),
         },
         (Program::Rxl, Program::Stock) => match turn % 4 {
@@ -109,7 +110,7 @@ fn ways(pair: Pair, seed: u64) -> Ways {
 fn linked(tally: &mut Tally, rig: &Rig, guests: &[GuestKind], seed: u64) {
     for guest in guests.iter().copied() {
         // At least two of the six are left.
-        for ways in [Ways::Links(3), Ways::Killed(6, 2)] {
+        for ways in [Ways::Links(3), Ways::Sealed(2), Ways::Killed(6, 2)] {
             let both = case((Program::Rxl, Program::Rxl), guest, Activity::Writing, seed);
             let migration = Migration { size: LARGE_SIZE, ways, ..both };
             tally.case(&name(&migration), || {

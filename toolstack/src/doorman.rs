@@ -15,15 +15,19 @@ use rxl_migrate::stream::link::{
     HELLO_BYTES, LinkSet, Offer, Secret, Token, check_hello, hello, is_same,
 };
 
+use crate::tls::Identity;
+
 /// Connections that may be there without having said who they are.
 const PENDING_MAX: usize = 16;
 /// How long they may take to say it.
-const HELLO_TIME: Duration = Duration::from_secs(5);
+pub(crate) const HELLO_TIME: Duration = Duration::from_secs(5);
 
 /// Lets links in.
 #[derive(Debug)]
 pub struct Doorman {
     offer: Offer,
+    /// What encrypts links, if anything does.
+    identity: Option<Identity>,
     listeners: Vec<TcpListener>,
     pending: Vec<Pending>,
     taken: LinkSet,
@@ -39,12 +43,12 @@ struct Pending {
 }
 
 impl Doorman {
-    /// Listens at `addresses`, at ports that the system chooses, for `links` links. An address at
-    /// which one cannot listen is left out.
+    /// Listens at `addresses`, at ports that the system chooses, for `links` links, which are
+    /// encrypted or not. An address at which one cannot listen is left out.
     ///
     /// # Errors
     /// There is none at which one can, or no secret to be had.
-    pub fn open(addresses: &[IpAddr], links: u8) -> io::Result<Doorman> {
+    pub fn open(addresses: &[IpAddr], links: u8, encrypted: bool) -> io::Result<Doorman> {
         let mut listeners = Vec::new();
         let mut failure = None;
         for address in addresses {
@@ -58,8 +62,17 @@ impl Doorman {
         if places.is_empty() {
             return Err(failure.unwrap_or_else(|| ErrorKind::AddrNotAvailable.into()));
         }
-        let offer = Offer::new(links, Secret::new(random()?), places);
-        Ok(Doorman { offer, listeners, pending: Vec::new(), taken: LinkSet::default() })
+        let identity = encrypted.then(Identity::new).transpose()?;
+        let mut offer = Offer::new(links, Secret::new(random()?), places);
+        offer.certificate = identity.as_ref().map(Identity::fingerprint);
+        let (pending, taken) = (Vec::new(), LinkSet::default());
+        Ok(Doorman { offer, identity, listeners, pending, taken })
+    }
+
+    /// What encrypts links, if anything does.
+    #[must_use]
+    pub fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 
     /// What the receiver has to be told.
@@ -214,7 +227,7 @@ mod tests {
 
     #[test]
     fn who_knows_the_secret_is_let_in_once() {
-        let mut doorman = Doorman::open(&[HERE, HERE], 3).unwrap();
+        let mut doorman = Doorman::open(&[HERE, HERE], 3, false).unwrap();
         let offer = doorman.offer().clone();
         assert_eq!(offer.addresses.len(), 2);
         let open = |link| {
@@ -235,7 +248,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_strangers_costs_little_and_does_not_keep_a_link_out() {
-        let mut doorman = Doorman::open(&[HERE], 1).unwrap();
+        let mut doorman = Doorman::open(&[HERE], 1, true).unwrap();
         let offer = doorman.offer().clone();
         let mut strangers = Vec::new();
         for number in 0..200_u32 {

@@ -4,7 +4,7 @@
 //! [`lifecycle`] with the host's libxl, loaded at run time. The save helper, which libxl runs to
 //! move a stream, is `rxl`; [`abort`] is how it is stopped, [`inherit`] how it is handed more
 //! than libxl's arguments. [`senders`] and [`receivers`] are the workers that it starts itself at
-//! either end ([`worker`]), [`doorman`] is where connections between them come in. The only
+//! either end ([`worker`]), [`doorman`] is where connections between them come in, [`tls`] encrypts them. The only
 //! `unsafe` outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules that allow it
 //! by name and say why.
 #![deny(unsafe_code)]
@@ -17,5 +17,6 @@ pub mod lifecycle;
 mod messages;
 pub mod receivers;
 pub mod senders;
+pub mod tls;
 pub mod worker;
 pub mod xc;

@@ -17,10 +17,10 @@ use rxl_migrate::stream::link::Offer;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner, work};
 use serde::{Deserialize, Serialize};
 
-use crate::doorman::open_link;
+use crate::doorman::{HELLO_TIME, open_link};
 use crate::messages;
 use crate::worker::{Worker, become_worker};
-use crate::xc::{Heartbeat, LiveDomain, ReceivingLink};
+use crate::xc::{Heartbeat, LiveDomain, ReceivingLink, SealedIn};
 
 /// The first argument of a worker's command line: then comes the domain's number.
 pub const ARGUMENT: &str = "--restore-worker";
@@ -171,9 +171,22 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     else {
         return Ok(());
     };
-    let link = open_link(&offer, link).and_then(ReceivingLink::new);
-    let mut link = link.map_err(failed("opening a connection to the sender"))?;
+    let failed = failed("opening a connection to the sender");
+    let connection = open_link(&offer, link).map_err(failed)?;
     let domain = LiveDomain::open(domain)?;
-    let mut owner = Socket { socket: stdin.as_fd(), heartbeat: link.heartbeat() };
-    work(&domain, &mut link, &mut owner)
+    let socket = stdin.as_fd();
+    match offer.certificate {
+        None => {
+            let mut link = ReceivingLink::new(connection).map_err(failed)?;
+            let heartbeat = link.heartbeat();
+            work(&domain, &mut link, &mut Socket { socket, heartbeat })
+        }
+        Some(trusted) => {
+            let proof = offer.secret.proof_token(link);
+            let link = SealedIn::open(connection, trusted, &proof, HELLO_TIME);
+            let mut link = link.map_err(failed)?;
+            let heartbeat = link.heartbeat();
+            work(&domain, &mut link, &mut Socket { socket, heartbeat })
+        }
+    }
 }

@@ -23,13 +23,15 @@ use rxl_migrate::hypervisor::{ForeignPages, PagePiece, StreamOut};
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
-use rxl_migrate::stream::link::Offer;
+use rxl_migrate::stream::link::{Offer, Token};
+use serde::{Deserialize, Serialize};
 
 use crate::abort;
 use crate::doorman::Doorman;
 use crate::messages;
+use crate::tls::Identity;
 use crate::worker::{Mode, Worker, become_worker};
-use crate::xc::{FdOut, LiveDomain, SendingLink};
+use crate::xc::{FdOut, LiveDomain, SealedOut, SendingLink};
 
 /// The first argument of a worker's command line: then come the domain's number, and the turn's,
 /// or [`LINK`].
@@ -197,16 +199,20 @@ impl Pool {
         }
     }
 
-    fn link_worker(&self, connection: OwnedFd) -> io::Result<Worker> {
+    fn link_worker(&self, link: u8, connection: OwnedFd) -> io::Result<Worker> {
         let domain = self.domain;
+        let doorman = self.doorman.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        let identity = doorman.identity().cloned();
+        let assignment = Assignment { identity, proof: doorman.offer().secret.proof_token(link) };
         match self.mode {
             Mode::Process => {
                 let args = [ARGUMENT, &domain.to_string(), LINK];
-                Worker::process(&self.program, &args, Stdio::from(connection))
+                let worker = Worker::process(&self.program, &args, Stdio::from(connection))?;
+                messages::send(worker.socket(), &assignment)?;
+                Ok(worker)
             }
             Mode::Thread => Worker::thread(Some(connection.try_clone()?), move |socket| {
-                let served = SendingLink::new(connection).map_err(rxl_migrate_error);
-                say_if_failed(served.and_then(|out| serve(domain, out, &socket)));
+                say_if_failed(serve_link(domain, connection, &assignment, &socket));
             }),
         }
     }
@@ -249,7 +255,7 @@ impl Pool {
     fn let_in(&mut self) {
         let come = self.doorman.as_mut().map(Doorman::attend).unwrap_or_default();
         for (link, connection) in come {
-            match self.link_worker(connection) {
+            match self.link_worker(link, connection) {
                 Ok(worker) => self.employ(worker, Some(link)),
                 Err(error) => tracing::warn!(link, %error, "no worker for a connection"),
             }
@@ -315,8 +321,31 @@ where
     work(&domain, &mut out, &mut Socket(socket))
 }
 
-fn rxl_migrate_error(source: io::Error) -> rxl_migrate::Error {
-    rxl_migrate::Error::Worker { what: "making a link usable", source }
+/// What a worker of a link is told first: secrets are not for a command line.
+#[derive(Debug, Serialize, Deserialize)]
+struct Assignment {
+    /// What encrypts the link; `None`: nothing does.
+    identity: Option<Identity>,
+    /// What the receiver shows through an encrypted link.
+    proof: Token,
+}
+
+fn serve_link(
+    domain: DomId,
+    connection: OwnedFd,
+    assignment: &Assignment,
+    socket: impl AsFd,
+) -> rxl_migrate::Result<()> {
+    let what = "making a connection usable";
+    let failed = |source| rxl_migrate::Error::Worker { what, source };
+    let Assignment { identity, proof } = assignment;
+    match identity {
+        None => serve(domain, SendingLink::new(connection).map_err(failed)?, socket),
+        Some(identity) => {
+            let out = SealedOut::open(connection, identity, proof).map_err(failed)?;
+            serve(domain, out, socket)
+        }
+    }
 }
 
 /// The end of the thread is what its owner notices; why goes to the log.
@@ -341,7 +370,10 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let (stdin, stdout) = (io::stdin(), io::stdout());
     if *way == LINK {
         let connection = stdout.as_fd().try_clone_to_owned().map_err(failed)?;
-        return serve(domain, SendingLink::new(connection).map_err(failed)?, stdin.as_fd());
+        return match messages::receive(stdin.as_fd()).map_err(failed)? {
+            Some(assignment) => serve_link(domain, connection, &assignment, stdin.as_fd()),
+            None => Ok(()),
+        };
     }
     let turn = way.parse().map_err(|_| wrong())?;
     let turn = Turn(Arc::new(crate::inherit::descriptor(turn).map_err(failed)?));
@@ -377,7 +409,7 @@ mod tests {
         use std::io::Read;
 
         let (_reader, writer) = io::pipe().unwrap();
-        let doorman = Doorman::open(&["127.0.0.1".parse().unwrap()], 1).unwrap();
+        let doorman = Doorman::open(&["127.0.0.1".parse().unwrap()], 1, false).unwrap();
         let staff = Staff {
             program: "cat".into(),
             domain: DomId(1),

@@ -128,23 +128,21 @@ pub(crate) struct MigrateArgs {
     /// starts as many as there are free processors to gain from [not in xl]
     #[arg(long, value_name = "N", default_value = "auto")]
     pub(crate) workers: WorkersWanted,
-    /// Send memory over further connections, without encryption, if the target has rxl: only in a
-    /// network that nobody else can listen to [not in xl]
-    #[arg(long)]
-    pub(crate) no_encrypt: bool,
-    /// How many further connections; without it one for each address, and for each worker
-    /// [not in xl]
-    #[arg(long, value_name = "N", requires = "no_encrypt")]
-    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(LINKS_MAX)))]
+    /// How many connections carry memory beside SSH if the target has rxl; 0: none. Without it one
+    /// for each address, and for each worker [not in xl]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u8).range(0..=i64::from(LINKS_MAX)))]
     pub(crate) streams: Option<u8>,
     /// Addresses of this host for them; without it those of all its network interfaces
     /// [not in xl]
-    #[arg(long, value_name = "IP,…", requires = "no_encrypt", value_delimiter = ',')]
+    #[arg(long, value_name = "IP,…", value_delimiter = ',')]
     pub(crate) addresses: Vec<IpAddr>,
     /// Network interfaces of this host for them [not in xl]
-    #[arg(long, value_name = "NIC,…", requires = "no_encrypt", value_delimiter = ',')]
-    #[arg(conflicts_with = "addresses")]
+    #[arg(long, value_name = "NIC,…", value_delimiter = ',', conflicts_with = "addresses")]
     pub(crate) nics: Vec<String>,
+    /// Do not encrypt them: only in a network that nobody else can listen to [not in xl]
+    #[arg(long)]
+    pub(crate) no_encrypt: bool,
     /// Keep the domain's number at the target
     #[arg(short = 'D')]
     pub(crate) preserve_domid: bool,
@@ -165,12 +163,13 @@ pub(crate) struct MigrateArgs {
 impl MigrateArgs {
     /// How memory is to be moved.
     pub(crate) fn ways(&self) -> anyhow::Result<Ways> {
-        let links = self.no_encrypt.then(|| {
+        let links = (self.streams != Some(0)).then(|| {
             let addresses = match self.addresses.as_slice() {
                 [] => ways::addresses_of(&self.nics)?,
                 addresses => addresses.to_vec(),
             };
-            anyhow::Ok(LinksWanted { addresses, count: self.streams })
+            let encrypted = !self.no_encrypt;
+            anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted })
         });
         Ok(Ways { workers: self.workers, links: links.transpose()? })
     }

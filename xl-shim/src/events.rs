@@ -103,7 +103,10 @@ mod tests {
         let number = std::os::fd::AsRawFd::as_raw_fd(&pipe.writer());
         let (events, writer) = pipe.open(Screen::buffer(), true).unwrap();
         let child = std::process::Command::new("sh")
-            .args(["-c", "echo '{\"t_ns\":5,\"event\":\"suspended\"}' >&$RXL_EVENTS_FD"])
+            .args([
+                "-c",
+                "echo '{\"t_ns\":5,\"event\":\"suspended\"}' > /proc/self/fd/$RXL_EVENTS_FD",
+            ])
             .env(ENV_FD, number.to_string())
             .status()
             .unwrap();

@@ -23,6 +23,8 @@ const WORKERS_ENV: &str = "RXL_WORKERS";
 /// The addresses of this host at which links may be opened, with commas between them. Without
 /// it, no links are offered.
 const ADDRESSES_ENV: &str = "RXL_ADDRESSES";
+/// Not empty: links are not encrypted.
+const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
 /// Links to offer.
 const STREAMS_ENV: &str = "RXL_STREAMS";
 
@@ -80,6 +82,8 @@ pub(crate) struct LinksWanted {
     pub(crate) addresses: Vec<IpAddr>,
     /// How many links; `None`: as many as help.
     pub(crate) count: Option<u8>,
+    /// Whether they are encrypted.
+    pub(crate) encrypted: bool,
 }
 
 /// How memory is to be moved.
@@ -99,22 +103,25 @@ impl Ways {
         let links = addresses.filter(|list| !list.is_empty()).map(|addresses| LinksWanted {
             addresses,
             count: variable::<u8>(STREAMS_ENV).filter(|count| *count > 0),
+            encrypted: env::var_os(NO_ENCRYPT_ENV).is_none_or(|value| value.is_empty()),
         });
         Ways { workers, links }
     }
 
     /// Passes it on to the save helper. To be called while there is one thread.
     pub(crate) fn pass_on(&self) -> anyhow::Result<()> {
-        let (mut addresses, mut streams) = (String::new(), String::new());
+        let (mut addresses, mut streams, mut no_encrypt) = Default::default();
         if let Some(links) = &self.links {
             let texts: Vec<String> = links.addresses.iter().map(IpAddr::to_string).collect();
             addresses = texts.join(",");
             streams = links.count.map(|count| count.to_string()).unwrap_or_default();
+            no_encrypt = if links.encrypted { "" } else { "1" }.to_owned();
         }
         let all = [
             (WORKERS_ENV, self.workers.to_string()),
             (ADDRESSES_ENV, addresses),
             (STREAMS_ENV, streams),
+            (NO_ENCRYPT_ENV, no_encrypt),
         ];
         for (name, value) in all {
             inherit::set_variable(name, value.as_ref()).context("telling the save helper")?;
@@ -135,11 +142,11 @@ impl Ways {
 
     /// Where links come in, if any are wanted and can be had.
     pub(crate) fn doorman(&self) -> Option<Doorman> {
-        let LinksWanted { addresses, count } = self.links.as_ref()?;
+        let LinksWanted { addresses, count, encrypted } = self.links.as_ref()?;
         let workers = self.workers.count.unwrap_or_else(|| chosen(LINKS_CHOSEN_MAX));
         let at_least = u8::try_from(addresses.len()).unwrap_or(LINKS_MAX);
         let links = count.unwrap_or(workers.max(at_least)).min(LINKS_MAX);
-        Doorman::open(addresses, links)
+        Doorman::open(addresses, links, *encrypted)
             .inspect_err(|error| tracing::warn!(%error, "no connection can be offered"))
             .ok()
     }
@@ -210,7 +217,7 @@ mod tests {
     fn there_are_as_many_links_as_addresses_at_least() {
         let links = |workers: &str, count| {
             let addresses = vec!["127.0.0.1".parse().unwrap(); 3];
-            let links = Some(LinksWanted { addresses, count });
+            let links = Some(LinksWanted { addresses, count, encrypted: true });
             Ways { workers: workers.parse().unwrap(), links }.doorman().unwrap().offer().links
         };
         assert_eq!(links("1", None), 3);

@@ -98,7 +98,7 @@ impl Route {
     fn command(self, guest: &str, target: &str) -> String {
         let rxl = format!("rxl migrate --report {REPORT_PATH}");
         match self {
-            Route::Rxl => format!("{rxl} -s {CLIENT} {guest} {target}"),
+            Route::Rxl => format!("{rxl} -s {CLIENT} --no-encrypt {guest} {target}"),
             Route::RxlBySsh => format!("{rxl} {guest} {target}"),
             Route::Xl => format!("xl migrate -s {CLIENT} {guest} {target}"),
             Route::RxlToXl => format!("{rxl} -s {CLIENT} --receiver xl {guest} {target}"),

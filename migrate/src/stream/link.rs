@@ -7,7 +7,7 @@
 //! ```text
 //!   stream:  headers  OFFER  …static data…  [PAGE_DATA…]  PASS_END 0  PASS_END 1  LINK_LOST n  …
 //!            PASS_END last  state records  END
-//!   link n:  HELLO ►  ◄ WELCOME   PASS k  PAGE_DATA…  PASS k+1  PAGE_DATA…  …  PASS last+1
+//!   link n:  HELLO ►  ◄ WELCOME  [TLS 1.3, PROOF ►]  PASS k  PAGE_DATA…  PASS k+1  PAGE_DATA…  …  PASS last+1
 //!            ◄ confirmations: u64, the records applied so far; repeated while there is no news
 //! ```
 //!
@@ -46,6 +46,16 @@ const MAGIC: [u8; 8] = *b"rxl-link";
 /// The version of all this.
 const VERSION: u32 = 1;
 
+/// Which certificate an encrypted link has: its SHA-256.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fingerprint([u8; 32]);
+
+/// The fingerprint of a certificate.
+#[must_use]
+pub fn fingerprint(certificate: &[u8]) -> Fingerprint {
+    Fingerprint(Sha256::digest(certificate).into())
+}
+
 /// What an end shows to the other to prove that it has read the offer.
 pub type Token = [u8; TOKEN_BYTES];
 
@@ -70,6 +80,12 @@ impl Secret {
     #[must_use]
     pub fn welcome_token(&self, link: u8) -> Token {
         self.token(b"ready", link)
+    }
+
+    /// What the receiver shows on link `link` once that is encrypted.
+    #[must_use]
+    pub fn proof_token(&self, link: u8) -> Token {
+        self.token(b"proof", link)
     }
 
     fn token(&self, role: &[u8; 5], link: u8) -> Token {
@@ -116,13 +132,16 @@ pub struct Offer {
     pub secret: Secret,
     /// Where the sender listens; link n is meant for number n modulo their count.
     pub addresses: Vec<SocketAddr>,
+    /// The certificate of the sender, if links are to be encrypted.
+    pub certificate: Option<Fingerprint>,
 }
 
 impl Offer {
-    /// An offer of `links` links, at most [`LINKS_MAX`].
+    /// An offer of `links` links, at most [`LINKS_MAX`], without encryption.
     #[must_use]
     pub fn new(links: u8, secret: Secret, addresses: Vec<SocketAddr>) -> Offer {
-        Offer { version: VERSION, links: links.min(LINKS_MAX), secret, addresses }
+        let links = links.min(LINKS_MAX);
+        Offer { version: VERSION, links, secret, addresses, certificate: None }
     }
 
     /// The record. `None` where it would be too long.

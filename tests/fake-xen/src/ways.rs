@@ -26,6 +26,8 @@ pub enum Ways {
     Threads(u8),
     /// Over so many links, by processes.
     Links(u8),
+    /// The same, encrypted.
+    Sealed(u8),
     /// The same, and so many processes of either end are killed meanwhile.
     Killed(u8, u32),
 }
@@ -37,6 +39,7 @@ impl std::fmt::Display for Ways {
             Ways::Workers(count) => write!(f, "{count} workers"),
             Ways::Threads(count) => write!(f, "{count} threads"),
             Ways::Links(count) => write!(f, "{count} links"),
+            Ways::Sealed(count) => write!(f, "{count} encrypted links"),
             Ways::Killed(count, kills) => write!(f, "{count} links, {kills} workers killed"),
         }
     }
@@ -48,10 +51,12 @@ impl Ways {
         let workers = match self {
             Ways::Workers(count) => count.to_string(),
             Ways::Threads(count) => format!("{count}:thread"),
-            Ways::Alone | Ways::Links(_) | Ways::Killed(..) => "1".to_owned(),
+            Ways::Alone | Ways::Links(_) | Ways::Sealed(_) | Ways::Killed(..) => "1".to_owned(),
         };
         command.env("RXL_WORKERS", workers);
-        if let Ways::Links(count) | Ways::Killed(count, _) = self {
+        if let Ways::Links(count) | Ways::Sealed(count) | Ways::Killed(count, _) = self {
+            let no_encrypt = if matches!(self, Ways::Sealed(_)) { "" } else { "1" };
+            command.env("RXL_NO_ENCRYPT", no_encrypt);
             command.env("RXL_ADDRESSES", "127.0.0.1,::1");
             command.env("RXL_STREAMS", count.to_string());
         }

@@ -29,6 +29,7 @@ use rxl_migrate::target::links::LinkIn;
 use super::foreign::Mapping;
 use super::stream::{Direction, FdIn, FdOut, Wait};
 use crate::abort;
+use crate::tls::Tls;
 
 /// How often a receiver that waits says that it is there.
 const HEARTBEAT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
@@ -47,13 +48,13 @@ pub struct SendingLink {
 
 /// What the sender has heard.
 #[derive(Debug)]
-struct Listening {
-    confirmed: u64,
+pub(super) struct Listening {
+    pub(super) confirmed: u64,
     /// The start of a confirmation whose rest has not come.
     partial: Vec<u8>,
     heard: Instant,
     /// Time spent waiting.
-    stalled: Duration,
+    pub(super) stalled: Duration,
 }
 
 impl SendingLink {
@@ -62,13 +63,16 @@ impl SendingLink {
     /// # Errors
     /// The system's.
     pub fn new(socket: OwnedFd) -> io::Result<SendingLink> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        sockopt::set_tcp_nodelay(&socket, true)?;
-        limit_unsent(socket.as_fd())?;
-        let (partial, heard) = (Vec::new(), Instant::now());
-        let waiting = Listening { confirmed: 0, partial, heard, stalled: Duration::ZERO };
-        Ok(SendingLink { out: FdOut { fd: socket, waiting } })
+        prepare(socket.as_fd())?;
+        Ok(SendingLink { out: FdOut { fd: socket, waiting: Listening::new() } })
     }
+}
+
+/// Sets the options of a connection that is to be a link.
+pub(super) fn prepare(socket: BorrowedFd<'_>) -> io::Result<()> {
+    rustix::io::ioctl_fionbio(socket, true)?;
+    sockopt::set_tcp_nodelay(socket, true)?;
+    limit_unsent(socket)
 }
 
 /// Keeps what waits in the socket's buffer short, whatever its size is tuned to.
@@ -89,6 +93,35 @@ fn limit_unsent(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 impl Listening {
+    pub(super) fn new() -> Listening {
+        let (partial, heard) = (Vec::new(), Instant::now());
+        Listening { confirmed: 0, partial, heard, stalled: Duration::ZERO }
+    }
+
+    pub(super) fn stalled_ns(&self) -> u64 {
+        u64::try_from(self.stalled.as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Waits for `wanted`, but not longer than between two heartbeats. What has come true is
+    /// returned.
+    pub(super) fn poll(socket: BorrowedFd<'_>, wanted: PollFlags) -> io::Result<PollFlags> {
+        let mut one = [PollFd::from_borrowed_fd(socket, wanted)];
+        match poll(&mut one, Some(&HEARTBEAT)) {
+            Ok(_) => Ok(one.first().map_or(PollFlags::empty(), PollFd::revents)),
+            Err(Errno::INTR) if !abort::requested() => Ok(PollFlags::empty()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether the receiver has not been silent for too long, since `started` at least.
+    pub(super) fn check(&self, started: Instant) -> io::Result<()> {
+        if self.heard.max(started).elapsed() <= SILENCE_MAX {
+            return Ok(());
+        }
+        let why = format!("nothing was heard of the receiver for {SILENCE_MAX:?}");
+        Err(io::Error::new(ErrorKind::TimedOut, why))
+    }
+
     /// Takes what has come. Does not wait.
     fn hear(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut bytes = [0; 64 * CONFIRMATION_BYTES];
@@ -103,7 +136,8 @@ impl Listening {
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) {
+    /// Takes bytes that have come.
+    pub(super) fn take(&mut self, bytes: &[u8]) {
         self.heard = Instant::now();
         self.partial.extend_from_slice(bytes);
         let (whole, rest) = self.partial.as_chunks::<CONFIRMATION_BYTES>();
@@ -120,17 +154,9 @@ impl Listening {
         wanted: PollFlags,
         started: Instant,
     ) -> io::Result<bool> {
-        let mut one = [PollFd::from_borrowed_fd(socket, PollFlags::IN | wanted)];
-        let ready = match poll(&mut one, Some(&HEARTBEAT)) {
-            Ok(_) => one.first().map_or(PollFlags::empty(), PollFd::revents),
-            Err(Errno::INTR) if !abort::requested() => PollFlags::empty(),
-            Err(error) => return Err(error.into()),
-        };
+        let ready = Listening::poll(socket, PollFlags::IN | wanted)?;
         self.hear(socket)?;
-        if self.heard.max(started).elapsed() > SILENCE_MAX {
-            let why = format!("nothing was heard of the receiver for {SILENCE_MAX:?}");
-            return Err(io::Error::new(ErrorKind::TimedOut, why));
-        }
+        self.check(started)?;
         Ok(ready.intersects(wanted))
     }
 }
@@ -174,7 +200,7 @@ impl Confirmed for SendingLink {
     }
 
     fn stalled_ns(&self) -> u64 {
-        u64::try_from(self.out.waiting.stalled.as_nanos()).unwrap_or(u64::MAX)
+        self.out.waiting.stalled_ns()
     }
 }
 
@@ -187,8 +213,15 @@ pub struct ReceivingLink {
 /// What the receiver says, and repeats while it waits.
 #[derive(Clone, Debug)]
 pub struct Heartbeat {
-    socket: Rc<OwnedFd>,
+    voice: Voice,
     said: Rc<RefCell<Said>>,
+}
+
+/// How it is said.
+#[derive(Clone, Debug)]
+enum Voice {
+    Plain(Rc<OwnedFd>),
+    Sealed(Rc<RefCell<Tls>>),
 }
 
 #[derive(Debug, Default)]
@@ -204,10 +237,10 @@ impl ReceivingLink {
     /// # Errors
     /// The system's.
     pub fn new(socket: OwnedFd) -> io::Result<ReceivingLink> {
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        sockopt::set_tcp_nodelay(&socket, true)?;
+        prepare(socket.as_fd())?;
         let socket = Rc::new(socket);
-        let heartbeat = Heartbeat { socket: Rc::clone(&socket), said: Rc::default() };
+        let voice = Voice::Plain(Rc::clone(&socket));
+        let heartbeat = Heartbeat { voice, said: Rc::default() };
         Ok(ReceivingLink { input: FdIn { fd: socket, waiting: heartbeat } })
     }
 
@@ -219,6 +252,17 @@ impl ReceivingLink {
 }
 
 impl Heartbeat {
+    /// Of an encrypted link.
+    pub(super) fn sealed(tls: Rc<RefCell<Tls>>) -> Heartbeat {
+        Heartbeat { voice: Voice::Sealed(tls), said: Rc::default() }
+    }
+
+    /// Says that so many records are applied.
+    pub(super) fn confirm(&self, records: u64) -> io::Result<()> {
+        self.said.borrow_mut().confirmed = records;
+        self.beat()
+    }
+
     /// Waits until `fd` is ready for `wanted`, and shows signs of life meanwhile.
     ///
     /// # Errors
@@ -237,22 +281,29 @@ impl Heartbeat {
     /// Says how much is confirmed, as far as the connection takes it.
     fn beat(&self) -> io::Result<()> {
         let mut said = self.said.borrow_mut();
-        if said.unsent.is_empty() {
-            said.unsent = said.confirmed.to_le_bytes().to_vec();
-        }
-        match rustix::net::send(
-            &*self.socket,
-            &said.unsent,
-            SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
-        ) {
-            Ok(count) => {
-                said.unsent.drain(..count);
+        let word = said.confirmed.to_le_bytes();
+        let sent = match &self.voice {
+            Voice::Plain(socket) => {
+                if said.unsent.is_empty() {
+                    said.unsent = word.to_vec();
+                }
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                let sent = rustix::net::send(&**socket, &said.unsent, flags);
+                sent.map(|count| drop(said.unsent.drain(..count))).map_err(io::Error::from)
             }
+            Voice::Sealed(tls) => {
+                let mut tls = tls.borrow_mut();
+                if !tls.wants_write() {
+                    tls.put(&word)?;
+                }
+                tls.flush()
+            }
+        };
+        match sent {
             // A sender that does not listen hears it later.
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(()),
+            result => result,
         }
-        Ok(())
     }
 }
 
@@ -274,8 +325,7 @@ impl StreamIn<Mapping> for ReceivingLink {
 
 impl LinkIn<Mapping> for ReceivingLink {
     fn confirm(&mut self, records: u64) -> io::Result<()> {
-        self.input.waiting.said.borrow_mut().confirmed = records;
-        self.input.waiting.beat()
+        self.input.waiting.confirm(records)
     }
 }
 

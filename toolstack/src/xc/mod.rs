@@ -33,6 +33,7 @@ mod grants;
 mod handle;
 mod link;
 mod policy;
+mod sealed;
 mod source;
 mod stream;
 mod target;
@@ -41,6 +42,7 @@ mod vcpu;
 pub use domain::LiveDomain;
 pub use foreign::Mapping;
 pub use link::{Heartbeat, ReceivingLink, SendingLink};
+pub use sealed::{SealedIn, SealedOut};
 pub use stream::{FdIn, FdOut, Patience};
 
 /// `op` failed because of `source`.
