@@ -1,8 +1,8 @@
 //! TLS 1.3 over a connection that does not block, for links.
 //!
-//! The sender of a migration is the server. It makes a key and a certificate for this one migration;
-//! the certificate's fingerprint travels in the offer, over the stream, and is all that the
-//! receiver trusts. The receiver proves itself by a token of the offer's secret, which it sends
+//! The sender of a migration is the server. It makes a key and a certificate for this one
+//! migration; the certificate's fingerprint travels in the offer, over the stream, and is all that
+//! the receiver trusts. The receiver proves itself by a token of the offer's secret, which it sends
 //! through the encrypted connection ([`crate::doorman`]).
 //!
 //! What it is not: waiting. A call that cannot go on says `WouldBlock`.
@@ -108,7 +108,9 @@ impl Tls {
         Tls::over(socket, connection.into())
     }
 
-    fn over(socket: OwnedFd, connection: Connection) -> io::Result<Tls> {
+    fn over(socket: OwnedFd, mut connection: Connection) -> io::Result<Tls> {
+        // Whoever puts something flushes it before the next.
+        connection.set_buffer_limit(None);
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(Tls { connection, socket })
     }

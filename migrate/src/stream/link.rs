@@ -7,7 +7,8 @@
 //! ```text
 //!   stream:  headers  OFFER  …static data…  [PAGE_DATA…]  PASS_END 0  PASS_END 1  LINK_LOST n  …
 //!            PASS_END last  state records  END
-//!   link n:  HELLO ►  ◄ WELCOME  [TLS 1.3, PROOF ►]  PASS k  PAGE_DATA…  PASS k+1  PAGE_DATA…  …  PASS last+1
+//!   link n:  HELLO ►  ◄ WELCOME  [TLS 1.3, PROOF ►]
+//!            PASS k  PAGE_DATA…  PASS k+1  PAGE_DATA…  …  PASS last+1
 //!            ◄ confirmations: u64, the records applied so far; repeated while there is no news
 //! ```
 //!

@@ -26,6 +26,8 @@ const SAVE_CALLBACKS: &str = "136";
 const RESTORE_CALLBACKS: &str = "768";
 /// Levels of xentoollog from which a line tells of a failure.
 const LEVEL_ERROR: u32 = 8;
+/// The level of a line that tells of something odd.
+const LEVEL_WARNING: u32 = 7;
 /// Starts a helper with the stream, which comes as descriptor 2, as descriptor 3, and its errors
 /// in a file. The standard library cannot hand on other descriptors than the first three, and
 /// makes SIGPIPE deadly, which `xl` ignores, and with it its helper.
@@ -93,6 +95,8 @@ pub struct Ended {
     pub rings: Option<Outcome>,
     /// Lines that tell of a failure.
     pub errors: Vec<String>,
+    /// Lines that tell of something odd.
+    pub warnings: Vec<String>,
     /// What it wrote to standard error.
     pub stderr: String,
     /// Its exit status.
@@ -194,6 +198,7 @@ impl Helper<'_> {
             complete: talk.complete,
             rings: talk.rings,
             errors: std::mem::take(&mut talk.errors),
+            warnings: std::mem::take(&mut talk.warnings),
             stderr,
             status,
             took: started.elapsed(),
@@ -212,6 +217,7 @@ struct Conversation<'a> {
     complete: Option<(i32, i32)>,
     rings: Option<Outcome>,
     errors: Vec<String>,
+    warnings: Vec<String>,
     suspended: Option<Instant>,
     fingerprint: Option<u64>,
     pid: u32,
@@ -239,6 +245,7 @@ impl<'a> Conversation<'a> {
             complete: None,
             rings: None,
             errors: Vec::new(),
+            warnings: Vec::new(),
             suspended: None,
             fingerprint: None,
             pid: child.id(),
@@ -261,6 +268,7 @@ impl<'a> Conversation<'a> {
         ensure!(self.complete.is_none(), "after its end it says {message:?}");
         match message {
             Message::Log { level, text, .. } if level >= LEVEL_ERROR => self.errors.push(text),
+            Message::Log { level: LEVEL_WARNING, text, .. } => self.warnings.push(text),
             Message::Log { .. } | Message::Progress { .. } => {}
             Message::Suspend => {
                 let Libxl { refuses_to_suspend, takes_fingerprint, .. } = self.helper.libxl;

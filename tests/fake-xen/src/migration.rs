@@ -206,6 +206,8 @@ impl Rig {
                 continue;
             }
             ensure!(saved.succeeded(), "saving by {}: {}", migration.from, saved.describe());
+            let odd = saved.warnings.join("; ");
+            ensure!(migration.ways.may_lose() || odd.is_empty(), "{}: {odd}", migration.from);
             let differences = compared(migration, &source, &target, &restored)?;
             return Ok(Moved { stream, differences, given_up: source.calm });
         }

@@ -62,6 +62,11 @@ impl Ways {
         }
     }
 
+    /// Whether connections are lost, and the helper warns of it.
+    pub(crate) fn may_lose(self) -> bool {
+        matches!(self, Ways::Killed(..))
+    }
+
     /// Kills workers of the helper with this pid, if some are to be killed.
     pub(crate) fn kill_workers(self, helper: u32, seed: u64) -> Option<Killer> {
         match self {
