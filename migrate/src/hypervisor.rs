@@ -293,11 +293,12 @@ pub enum PolicyError {
 
 /// What the receiver asks of its domain, which is empty and paused at first.
 pub trait TargetDomain: Domain {
-    /// Gives memory to each of `pfns` (each the first of `2^order` consecutive ones). The frame
-    /// of each comes back: the mfn for PV, the pfn itself else. All or an error.
+    /// Gives memory to each of `pfns` (each the first of `2^order` consecutive ones), in order,
+    /// as long as there is some. The frames of those that have it now come back: the mfns for PV,
+    /// the pfns themselves else. Fewer than were asked for: the next one cannot be had.
     ///
     /// # Errors
-    /// The hypercall's, `ENOMEM` where it gave less than asked.
+    /// The hypercall's; then none of them has memory, or the domain is worthless.
     fn populate(&self, pfns: &[Pfn], order: u32) -> HvResult<Vec<u64>>;
     /// Sets CPUID leaves and MSRs.
     ///

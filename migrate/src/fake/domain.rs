@@ -354,22 +354,19 @@ impl SourceDomain for FakeDomain {
 impl TargetDomain for FakeDomain {
     fn populate(&self, pfns: &[Pfn], order: u32) -> HvResult<Vec<u64>> {
         self.call("populate", |xen| {
-            let size = 1 << order;
             let mut frames = Vec::new();
-            for pfn in pfns {
-                if pfn.0 % size != 0 {
-                    return Err(EINVAL);
-                }
-                // An extent exists whole or not at all.
-                if order > 0 && (xen.fragmented || xen.room(self.id.0) < size) {
-                    return Err(ENOMEM);
-                }
-                xen.dom(self.id.0).extents += u64::from(order == 9);
-                let pages = (pfn.0..pfn.0 + size).map(|pfn| populate_page(xen, self.id.0, pfn));
-                let pages: Errno<Vec<u64>> = pages.collect();
-                frames.push(pages?[0]);
+            let mut owners = Vec::new();
+            let mut extents = pfns.iter().map(|pfn| {
+                let frame = populate_extent(xen, self.id.0, pfn.0, order, &mut owners)?;
+                frames.push(frame);
+                Ok(())
+            });
+            let failed = extents.find_map(Result::err);
+            xen.memory.set_m2p_entries(&owners);
+            match failed {
+                None | Some(ENOMEM) => Ok(frames),
+                Some(errno) => Err(errno),
             }
-            Ok(frames)
         })
     }
 
@@ -472,8 +469,30 @@ impl TargetDomain for FakeDomain {
     }
 }
 
+/// Gives memory to an extent, which exists whole or not at all. For the table of owners, the
+/// pairs of mfn and pfn are added to `owners`.
+fn populate_extent(
+    xen: &mut Xen,
+    id: u16,
+    pfn: u64,
+    order: u32,
+    owners: &mut Vec<(u64, u64)>,
+) -> Errno<u64> {
+    let size = 1 << order;
+    if !pfn.is_multiple_of(size) {
+        return Err(EINVAL);
+    }
+    if order > 0 && (xen.fragmented || xen.room(id) < size) {
+        return Err(ENOMEM);
+    }
+    let pages = (pfn..pfn + size).map(|pfn| populate_page(xen, id, pfn, owners));
+    let pages: Errno<Vec<u64>> = pages.collect();
+    xen.dom(id).extents += u64::from(order == 9);
+    Ok(pages?[0])
+}
+
 /// Gives `pfn` memory, which it must not have yet.
-fn populate_page(xen: &mut Xen, id: u16, pfn: u64) -> Errno<u64> {
+fn populate_page(xen: &mut Xen, id: u16, pfn: u64, owners: &mut Vec<(u64, u64)>) -> Errno<u64> {
     if xen.dom(id).physmap.get(pfn).is_some() {
         return Err(EEXIST);
     }
@@ -484,6 +503,6 @@ fn populate_page(xen: &mut Xen, id: u16, pfn: u64) -> Errno<u64> {
         domain.max_gfn = domain.max_gfn.max(pfn);
         return Ok(pfn);
     }
-    xen.memory.set_m2p(mfn, pfn);
+    owners.push((mfn, pfn));
     Ok(mfn)
 }

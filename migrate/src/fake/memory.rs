@@ -60,6 +60,15 @@ impl Memory {
         self.set_word(page, slot, pfn);
     }
 
+    /// As [`Memory::set_m2p`] for each pair of mfn and pfn; those of neighbours in one go.
+    pub(super) fn set_m2p_entries(&mut self, owners: &[(u64, u64)]) {
+        for run in owners.chunk_by(|a, b| a.0 + 1 == b.0) {
+            let entries: Vec<u8> = run.iter().flat_map(|(_, pfn)| pfn.to_le_bytes()).collect();
+            let first = run.first().map_or(0, |(mfn, _)| *mfn) as usize;
+            self.write(self.frames, first * 8, &entries);
+        }
+    }
+
     fn m2p_entry(&self, mfn: u64) -> (u64, usize) {
         let words = WORDS_PER_PAGE as u64;
         (self.frames + mfn / words, (mfn % words) as usize)

@@ -100,7 +100,7 @@ fn a_mapping_sees_its_frame_after_the_guest_gave_it_away_and_nobody_gets_it_mean
     };
     let other = host.create(true, 700, 1);
     let mut taken = 0;
-    while other.populate(&[Pfn(taken)], 0).is_ok() {
+    while !other.populate(&[Pfn(taken)], 0).unwrap().is_empty() {
         taken += 1;
     }
     let mut after = PageBuf::zeroed();

@@ -4,11 +4,12 @@
 //! before its population has succeeded, so a stream that names absurd pfns costs nothing.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, GuestError, Result};
 use crate::frame::Pfn;
-use crate::hypervisor::{BATCH_PAGES_MAX, TargetDomain};
+use crate::hypervisor::{BATCH_PAGES_MAX, HvError, TargetDomain};
 
 /// First pfn that a translated guest cannot have: 48 bits of guest-physical address are what
 /// four levels of nested paging translate, in pages of 2^12 bytes.
@@ -18,6 +19,9 @@ pub(super) const HVM_PFN_END: u64 = 1 << (48 - 12);
 const EXTENT_ORDER: u32 = 9;
 /// Pages in a 2 MiB extent.
 const EXTENT_PAGES: u64 = 1 << EXTENT_ORDER;
+
+/// What Linux and Xen call it when there is not enough memory.
+const ENOMEM: i32 = 12;
 
 /// Which pfns of a domain have memory.
 pub(super) trait Space {
@@ -42,6 +46,10 @@ pub(super) fn populate<D: TargetDomain, S: Space>(
     let single = if S::EXTENTS { populate_extents(domain, space, &missing)? } else { missing };
     for pfns in single.chunks(BATCH_PAGES_MAX) {
         let frames = domain.populate(pfns, 0)?;
+        if frames.len() < pfns.len() {
+            let source = io::Error::from_raw_os_error(ENOMEM);
+            return Err(HvError { op: "XENMEM_populate_physmap", source }.into());
+        }
         for (pfn, frame) in pfns.iter().zip(frames) {
             space.set_frame(*pfn, frame)?;
         }
@@ -50,28 +58,28 @@ pub(super) fn populate<D: TargetDomain, S: Space>(
 }
 
 /// Populates the whole aligned 2 MiB runs of `missing`, which is sorted; the pfns that are left
-/// come back. An extent that the host cannot give as one is left, too. One extent a call: were
-/// there more, a failure could not say which of them exist.
+/// come back. So do extents that the host cannot give as one.
 fn populate_extents<D: TargetDomain, S: Space>(
     domain: &D,
     space: &mut S,
     missing: &[Pfn],
 ) -> Result<Vec<Pfn>> {
-    let mut left = Vec::new();
-    for run in missing.chunk_by(|a, b| a.0 / EXTENT_PAGES == b.0 / EXTENT_PAGES) {
-        let whole = run.len() as u64 == EXTENT_PAGES;
-        let frames = run.first().filter(|_| whole).map(|first| domain.populate(&[*first], 9));
-        match frames {
-            Some(Ok(frames)) => {
-                let first = frames.first().copied().unwrap_or_default();
-                for (pfn, offset) in run.iter().zip(0..) {
-                    space.set_frame(*pfn, first + offset)?;
-                }
-            }
-            Some(Err(_)) | None => left.extend_from_slice(run),
+    let runs = missing.chunk_by(|a, b| a.0 / EXTENT_PAGES == b.0 / EXTENT_PAGES);
+    let (whole, parts): (Vec<&[Pfn]>, Vec<&[Pfn]>) =
+        runs.partition(|run| run.len() as u64 == EXTENT_PAGES);
+    let extents: Vec<Pfn> = whole.iter().filter_map(|run| run.first().copied()).collect();
+    let frames = match extents.as_slice() {
+        [] => Vec::new(),
+        // None of them exists then, and each page is asked for by itself.
+        extents => domain.populate(extents, EXTENT_ORDER).unwrap_or_default(),
+    };
+    for (run, first) in whole.iter().zip(&frames) {
+        for (pfn, offset) in run.iter().zip(0..) {
+            space.set_frame(*pfn, first + offset)?;
         }
     }
-    Ok(left)
+    let refused = whole.iter().skip(frames.len());
+    Ok(refused.chain(&parts).flat_map(|run| run.iter().copied()).collect())
 }
 
 /// The frames of `pfns`, all of which have memory.

@@ -110,14 +110,12 @@ fn populate(client: &Client<'_>, address: u64) -> Hypercall<u64> {
     let list = reservation.u64(offset_of!(Reservation, extent_start));
     let count = reservation.u64(offset_of!(Reservation, nr_extents));
     let extents = client.memory.read_words(list, count)?;
-    let mut frames = Vec::with_capacity(extents.len());
-    for extent in extents {
-        match domain.populate(&[Pfn(extent)], order).map_err(|e| errno(&e)) {
-            Ok(frame) => frames.extend(frame),
-            Err(Errno::NOMEM) => break,
-            Err(errno) => return Err(errno),
-        }
-    }
+    let extents: Vec<Pfn> = extents.into_iter().map(Pfn).collect();
+    let frames = match domain.populate(&extents, order).map_err(|e| errno(&e)) {
+        Ok(frames) => frames,
+        Err(Errno::NOMEM) => Vec::new(),
+        Err(errno) => return Err(errno),
+    };
     client.memory.write_words(list, &frames)?;
     Ok(frames.len() as u64)
 }

@@ -20,8 +20,9 @@ use super::{grants, hv, op, policy, vcpu};
 const PINS_PER_CALL: usize = 1024;
 
 impl LiveDomain {
-    /// [`TargetDomain::populate`] for up to [`BATCH_PAGES_MAX`] extents.
-    fn populate_batch(&self, pfns: &[Pfn], order: u32, frames: &mut Vec<u64>) -> HvResult<()> {
+    /// [`TargetDomain::populate`] for up to [`BATCH_PAGES_MAX`] extents. Whether all of them have
+    /// memory comes back.
+    fn populate_batch(&self, pfns: &[Pfn], order: u32, frames: &mut Vec<u64>) -> HvResult<bool> {
         let op = op!(XENMEM_populate_physmap);
         let mut batch = self.batch.borrow_mut();
         batch.put_words(pfns.iter().map(|pfn| pfn.0));
@@ -34,13 +35,14 @@ impl LiveDomain {
         };
         // SAFETY: the buffer has room for `BATCH_PAGES_MAX` frames, and there are no more.
         let done = unsafe { self.xen.memory_op_with_pointer(op, &mut argument) }?;
-        let got = || batch.words().take(pfns.len());
         // Xen says how many it did before it ran out.
-        if done != pfns.len() as u64 || got().any(|frame| frame == INVALID_FRAME) {
+        let done = usize::try_from(done).unwrap_or(usize::MAX).min(pfns.len());
+        let got = || batch.words().take(done);
+        if got().any(|frame| frame == INVALID_FRAME) {
             return Err(hv(op.0, Errno::NOMEM));
         }
         frames.extend(got());
-        Ok(())
+        Ok(done == pfns.len())
     }
 }
 
@@ -48,7 +50,9 @@ impl TargetDomain for LiveDomain {
     fn populate(&self, pfns: &[Pfn], order: u32) -> HvResult<Vec<u64>> {
         let mut frames = Vec::with_capacity(pfns.len());
         for batch in pfns.chunks(BATCH_PAGES_MAX) {
-            self.populate_batch(batch, order, &mut frames)?;
+            if !self.populate_batch(batch, order, &mut frames)? {
+                break;
+            }
         }
         Ok(frames)
     }

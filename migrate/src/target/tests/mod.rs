@@ -221,6 +221,31 @@ fn whole_aligned_runs_of_2_mib_are_populated_as_one() {
 }
 
 #[test]
+fn whole_runs_are_asked_for_together_and_what_is_not_to_be_had_so_page_by_page() {
+    let host = Host::new(4096, 1);
+    // Room for two extents, and half of a third.
+    let domain = host.create(true, 1024 + 256, 1);
+    let mut space = Populated::default();
+    let wanted = (0..1024).chain(2048..2048 + 256).map(Pfn);
+    memory::populate(&domain, &mut space, wanted).unwrap();
+    assert_eq!((domain.extents(), calls_of(&host, "populate")), (2, 2));
+
+    let host = Host::new(4096, 1);
+    let domain = host.create(true, 1024 + 256, 1);
+    let mut space = Populated::default();
+    let wanted = (0..512).chain(1024..1536).chain(2048..2560).map(Pfn);
+    assert!(memory::populate(&domain, &mut space, wanted).is_err());
+    // The third extent, then its pages.
+    assert_eq!((domain.extents(), calls_of(&host, "populate")), (2, 2));
+    assert_eq!(space.frame(Pfn(1535)), Some(1535));
+    assert_eq!(space.frame(Pfn(2048)), None);
+}
+
+fn calls_of(host: &Host, wanted: &str) -> usize {
+    host.calls().iter().filter(|(_, op)| *op == wanted).count()
+}
+
+#[test]
 fn memory_that_the_hypervisor_did_not_give_is_not_counted_on() {
     let domain = Host::new(64, 1).create(true, 4, 1);
     let mut space = Populated::default();
