@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rxl_migrate::frame::PAGE_SIZE;
 use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
 
@@ -22,6 +23,10 @@ use crate::abort;
 
 /// Most pieces that the kernel takes in one call (`IOV_MAX`).
 const PIECES_MAX: usize = 1024;
+
+/// What a pipe is made to hold: as much as Linux allows anybody by default. With the 64 KiB that a
+/// pipe has at first, both of its ends stop and wake each other several times a millisecond.
+const PIPE_BYTES: usize = 1 << 20;
 
 /// A stream that is written to `fd`.
 #[derive(Debug)]
@@ -38,16 +43,28 @@ pub struct FdIn<F, W = Patience> {
 }
 
 impl<F: AsFd> FdOut<F> {
-    /// Writes to `fd`, which stays open if it is borrowed.
+    /// Writes to `fd`, which stays open if it is borrowed. A pipe is made to hold more.
     pub fn new(fd: F) -> FdOut<F> {
+        widen(fd.as_fd());
         FdOut { fd, waiting: Patience }
     }
 }
 
 impl<F: AsFd> FdIn<F> {
-    /// Reads from `fd`, which stays open if it is borrowed.
+    /// Reads from `fd`, which stays open if it is borrowed. A pipe is made to hold more.
     pub fn new(fd: F) -> FdIn<F> {
+        widen(fd.as_fd());
         FdIn { fd, waiting: Patience }
+    }
+}
+
+/// Lets a pipe hold [`PIPE_BYTES`], if it holds less and may. What is no pipe has no size to ask
+/// for.
+fn widen(fd: BorrowedFd<'_>) {
+    if fcntl_getpipe_size(fd).is_ok_and(|bytes| bytes < PIPE_BYTES)
+        && let Err(error) = fcntl_setpipe_size(fd, PIPE_BYTES)
+    {
+        tracing::debug!(%error, "the pipe stays as small as it is");
     }
 }
 
@@ -344,6 +361,20 @@ mod tests {
         StreamIn::<Mapping>::read_exact(&mut input, &mut rest).unwrap();
         assert_eq!(&rest, b"rest");
         sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_pipe_is_made_large_and_a_larger_one_is_left_alone() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let _out = FdOut::new(&writer);
+        assert_eq!(fcntl_getpipe_size(&writer), Ok(PIPE_BYTES));
+        fcntl_setpipe_size(&reader, PIPE_BYTES / 2).unwrap();
+        let _in = FdIn::new(&reader);
+        assert_eq!(fcntl_getpipe_size(&reader), Ok(PIPE_BYTES));
+        if fcntl_setpipe_size(&reader, 2 * PIPE_BYTES).is_ok() {
+            let _in = FdIn::new(&reader);
+            assert_eq!(fcntl_getpipe_size(&reader), Ok(2 * PIPE_BYTES));
+        }
     }
 
     #[test]
