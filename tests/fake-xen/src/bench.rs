@@ -7,7 +7,6 @@
 use std::fs::File;
 use std::io::{Read, Seek};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -31,6 +30,8 @@ const GUEST_PAUSE: Duration = Duration::from_micros(200);
 /// Bytes that the null reader takes at a time.
 const READ_BYTES: usize = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
+/// Debian's helper, from the package xen-utils-4.17.
+const STOCK: &str = "/usr/lib/xen-4.17/bin/libxl-save-helper";
 const PAGES_PER_MIB: u64 = 256;
 
 /// What to measure with.
@@ -120,9 +121,9 @@ impl Figure {
 }
 
 /// A machine as after a boot, and its one domain.
-struct Side {
-    machine: Machine,
-    domain: FakeDomain,
+pub(crate) struct Side {
+    pub(crate) machine: Machine,
+    pub(crate) domain: FakeDomain,
 }
 
 impl Side {
@@ -134,6 +135,22 @@ impl Side {
 }
 
 impl Bench {
+    /// The full-size one, with the programs that Cargo has put beside this one.
+    ///
+    /// # Errors
+    /// Nobody knows where this program is.
+    pub fn here() -> Result<Bench> {
+        let here = std::env::current_exe().context("Cannot find this program")?;
+        let beside = |name: &str| here.with_file_name(name);
+        let programs = Programs {
+            stock: PathBuf::from(STOCK),
+            rxl: beside("rxl"),
+            preload: beside("librxl_fake_xen_preload.so"),
+        };
+        let plain_copy = beside("rxl-plain-copy");
+        Ok(Bench { programs, plain_copy, mib: 4096, pairs: 5, only: String::new() })
+    }
+
     /// Measures everything; `show` gets each figure as it is there.
     ///
     /// # Errors
@@ -229,7 +246,7 @@ impl Bench {
         self.mib * PAGES_PER_MIB
     }
 
-    fn machine(&self) -> Result<Machine> {
+    pub(crate) fn machine(&self) -> Result<Machine> {
         let frames = self.pages() + SPARE_FRAMES;
         let machine = Machine::start(MachineSpec { frames, seed: 1, fresh: true })?;
         // A machine has its memory. Nobody is to be charged for what this host has to do for it.
@@ -243,7 +260,7 @@ impl Bench {
         Ok(machine)
     }
 
-    fn source(&self, kind: GuestKind) -> Result<Side> {
+    pub(crate) fn source(&self, kind: GuestKind) -> Result<Side> {
         let (machine, pages, seed) = (self.machine()?, self.pages(), 1);
         let host = machine.host();
         host.let_guests_balloon(false);
@@ -260,12 +277,12 @@ impl Bench {
         Ok(Side { machine, domain })
     }
 
-    fn helper<'a>(&'a self, program: Program, side: &'a Side) -> Helper<'a> {
+    pub(crate) fn helper<'a>(&'a self, program: Program, side: &'a Side) -> Helper<'a> {
         let Side { machine, domain } = side;
         Helper { programs: &self.programs, program, machine, domain, libxl: Libxl::default() }
     }
 
-    /// Saves live into a socket that is read and forgotten. Then the guest runs on.
+    /// Saves live into a pipe that is read and forgotten. Then the guest runs on.
     fn save(&self, source: &Side, program: Program, writing: bool) -> Result<Run> {
         let before = source.machine.requests();
         let ended = into_nothing(|stream| {
@@ -332,14 +349,16 @@ impl Bench {
     }
 }
 
-/// Gives `write` a socket whose other end is read until `write` is done.
+/// Gives `write` a pipe, as `xl migrate` gives one to the helper and the other end to ssh. What
+/// comes is read and forgotten.
 fn into_nothing<T>(write: impl FnOnce(OwnedFd) -> Result<T>) -> Result<T> {
-    let (ours, mut theirs) = UnixStream::pair().context("Cannot make a socket")?;
+    let (theirs, ours) = rustix::pipe::pipe().context("Cannot make a pipe")?;
+    let mut theirs = File::from(theirs);
     let reader = thread::spawn(move || {
         let mut piece = vec![0; READ_BYTES];
         while theirs.read(&mut piece).is_ok_and(|count| count > 0) {}
     });
-    let result = write(ours.into());
+    let result = write(ours);
     // It ends with the last descriptor of the other end.
     let _ = reader.join();
     result

@@ -27,6 +27,7 @@
 mod bench;
 mod client;
 mod domctl;
+mod growth;
 mod helper;
 mod hypercall;
 mod machine;
@@ -40,6 +41,7 @@ mod ways;
 mod wire;
 
 pub use bench::{Bench, Figure};
+pub use growth::{Growth, clean_pass, grow};
 pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};
 pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};

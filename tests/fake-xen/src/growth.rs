@@ -1,0 +1,225 @@
+//! What grows with the guest: the time and the memory that rxl's save helper takes for guests of
+//! 1 to 16 GiB (`tests/bench scale`, `tests/bench memory`).
+//!
+//! The guests have all their memory, and nothing in it: what a page holds does not matter here,
+//! and the stream between the two ends can be kept without its zeros.
+
+use std::fs::File;
+use std::hint::black_box;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rxl_migrate::bitmap::PageBitmap;
+use rxl_migrate::fake::WIRING;
+use rxl_migrate::hypervisor::Domain;
+
+use crate::bench::{Bench, Side};
+use crate::helper::{Ended, Program};
+use crate::migration::GuestKind;
+
+const MIB_PER_GIB: u64 = 1024;
+const PAGES_PER_GIB: u64 = 1 << 18;
+/// What the stream is kept in, and read by.
+const PIECE_BYTES: usize = 1 << 16;
+/// Pages of the guest whose clean bitmap is looked through: 1 TiB.
+const BITMAP_PAGES: u64 = 1 << 28;
+/// How often it is.
+const BITMAP_RUNS: u32 = 5;
+
+/// One end, and one guest, in numbers.
+#[derive(Clone, Debug)]
+pub struct Growth {
+    /// E.g. `save/pvh`.
+    pub name: String,
+    /// The guest's memory.
+    pub gib: u64,
+    /// From the start of the helper to its end.
+    pub took: Duration,
+    /// The helper's time on a processor.
+    pub cpu: Duration,
+    /// The most that it had resident, in KiB.
+    pub peak_kib: u64,
+    /// What it may have resident at most, in KiB.
+    pub limit_kib: u64,
+}
+
+impl Growth {
+    /// A line of JSON about the time.
+    #[must_use]
+    pub fn time_json(&self) -> String {
+        let Growth { name, gib, .. } = self;
+        let (took, cpu) = (self.ms_per_gib(self.took), self.ms_per_gib(self.cpu));
+        format!(
+            "{{\"name\":\"{name}\",\"gib\":{gib},\"ms_per_gib\":{took:.1},\
+             \"cpu_ms_per_gib\":{cpu:.1}}}"
+        )
+    }
+
+    /// A line of JSON about the memory.
+    #[must_use]
+    pub fn memory_json(&self) -> String {
+        let Growth { name, gib, peak_kib, limit_kib, .. } = self;
+        format!(
+            "{{\"name\":\"{name}\",\"gib\":{gib},\"peak_kib\":{peak_kib},\
+             \"limit_kib\":{limit_kib}}}"
+        )
+    }
+
+    /// Of a time, the part for 1 GiB, in milliseconds.
+    #[must_use]
+    pub fn ms_per_gib(&self, time: Duration) -> f64 {
+        time.as_secs_f64() * 1000.0 / self.gib as f64
+    }
+}
+
+/// Saves and restores guests of as many GiB as `sizes` says; `show` gets each end as it is there.
+///
+/// # Errors
+/// A helper fails, or this host has no room for the guests.
+pub fn grow(bench: &Bench, sizes: &[u64], mut show: impl FnMut(&Growth)) -> Result<()> {
+    for (kind, guest) in [(GuestKind::Pvh, "pvh"), (GuestKind::PvLinear, "pv")] {
+        for &gib in sizes {
+            let bench = Bench { mib: gib * MIB_PER_GIB, ..bench.clone() };
+            let source = bench.source(kind)?;
+            let (saved, stream) = save(&bench, &source)?;
+            show(&described(&format!("save/{guest}"), gib, kind, &saved, false));
+            let info = source.domain.info()?;
+            // Two such guests need not have room at once.
+            drop(source);
+            let machine = bench.machine()?;
+            let (pages, vcpus) = (info.total_pages + 600, info.max_vcpu_id + 1);
+            let domain = machine.host().create(info.hvm, pages, vcpus);
+            let restored = restore(&bench, &Side { machine, domain }, &stream)?;
+            show(&described(&format!("restore/{guest}"), gib, kind, &restored, true));
+        }
+    }
+    Ok(())
+}
+
+fn described(name: &str, gib: u64, kind: GuestKind, ended: &Ended, restore: bool) -> Growth {
+    let is_pv = kind != GuestKind::Pvh;
+    let page_bits = if restore && is_pv { 4 + 12 * 8 } else { 4 };
+    let of_pages = gib * PAGES_PER_GIB * page_bits / 8 / 1024;
+    let limit_kib = (64 + 24 * u64::from(ended.used.processes)) * 1024 + of_pages;
+    let (took, used) = (ended.took, ended.used);
+    Growth { name: name.into(), gib, took, cpu: used.cpu, peak_kib: used.peak_kib, limit_kib }
+}
+
+/// Saves live, and keeps the stream.
+fn save(bench: &Bench, source: &Side) -> Result<(Ended, Vec<Piece>)> {
+    let (theirs, ours) = rustix::pipe::pipe().context("Cannot make a pipe")?;
+    let reader = thread::spawn(move || kept(&mut File::from(theirs)));
+    let ended = bench.helper(Program::Rxl, source).save(ours, true)?;
+    ensure!(ended.succeeded(), "{}", ended.describe());
+    let stream = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+    Ok((ended, stream))
+}
+
+fn restore(bench: &Bench, target: &Side, stream: &[Piece]) -> Result<Ended> {
+    let (theirs, ours) = rustix::pipe::pipe().context("Cannot make a pipe")?;
+    thread::scope(|scope| {
+        // If the helper reads no more, it says itself why.
+        scope.spawn(move || drop(write(stream, ours)));
+        let ended = bench.helper(Program::Rxl, target).restore(theirs, &WIRING)?;
+        ensure!(ended.succeeded(), "{}", ended.describe());
+        Ok(ended)
+    })
+}
+
+/// A piece of a stream.
+enum Piece {
+    Bytes(Vec<u8>),
+    /// So many zeros.
+    Zeros(usize),
+}
+
+/// All that comes from `from`. An error is an end.
+fn kept(from: &mut File) -> Vec<Piece> {
+    let (mut pieces, mut piece) = (Vec::new(), vec![0; PIECE_BYTES]);
+    while let Ok(count @ 1..) = from.read(&mut piece) {
+        let bytes = piece.get(..count).unwrap_or_default();
+        match pieces.last_mut() {
+            Some(Piece::Zeros(zeros)) if is_zero(bytes) => *zeros += count,
+            _ if is_zero(bytes) => pieces.push(Piece::Zeros(count)),
+            _ => pieces.push(Piece::Bytes(bytes.to_vec())),
+        }
+    }
+    pieces
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // As fast as memory can be compared.
+    bytes.first() == Some(&0) && bytes.get(1..) == bytes.get(..bytes.len() - 1)
+}
+
+fn write(stream: &[Piece], to: OwnedFd) -> std::io::Result<()> {
+    let (mut to, nothing) = (File::from(to), vec![0; PIECE_BYTES]);
+    for piece in stream {
+        match piece {
+            Piece::Bytes(bytes) => to.write_all(bytes)?,
+            Piece::Zeros(count) => {
+                for _ in 0..count / nothing.len() {
+                    to.write_all(&nothing)?;
+                }
+                to.write_all(nothing.get(..count % nothing.len()).unwrap_or_default())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a pass over a guest of 1 TiB costs in which no page is dirty: taking over what Xen has
+/// written, counting it, and looking for pages. The best of a few.
+#[must_use]
+pub fn clean_pass() -> Duration {
+    let bytes = vec![0; usize::try_from(BITMAP_PAGES / 8).unwrap_or_default()];
+    let mut bitmap = PageBitmap::new(BITMAP_PAGES);
+    let one = |_| {
+        let started = Instant::now();
+        bitmap.load_le_bytes(black_box(&bytes));
+        black_box(bitmap.count());
+        black_box(bitmap.iter().next());
+        started.elapsed()
+    };
+    (0..BITMAP_RUNS).map(one).min().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_kept_as_it_is_and_its_zeros_cost_nothing() {
+        let mut bytes = vec![0; 3 << 20];
+        bytes[PIECE_BYTES + 7] = 1;
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        let pieces = kept(&mut file);
+        assert_eq!(pieces.len(), 3);
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let written = thread::spawn(move || write(&pieces, writer));
+        let mut again = Vec::new();
+        File::from(reader).read_to_end(&mut again).unwrap();
+        written.join().unwrap().unwrap();
+        assert!(again == bytes);
+    }
+
+    #[test]
+    fn lines_have_their_fields_in_order() {
+        let growth = Growth {
+            name: "save/pv".into(),
+            gib: 2,
+            took: Duration::from_secs(1),
+            cpu: Duration::from_millis(100),
+            peak_kib: 10,
+            limit_kib: 20,
+        };
+        let time = r#"{"name":"save/pv","gib":2,"ms_per_gib":500.0,"cpu_ms_per_gib":50.0}"#;
+        let memory = r#"{"name":"save/pv","gib":2,"peak_kib":10,"limit_kib":20}"#;
+        assert_eq!((growth.time_json(), growth.memory_json()), (time.into(), memory.into()));
+    }
+}
