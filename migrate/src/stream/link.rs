@@ -285,6 +285,32 @@ pub fn check_hello(secret: &Secret, bytes: &[u8; HELLO_BYTES]) -> Option<u8> {
     right.then_some(link)
 }
 
+/// What a receiver has confirmed, from the bytes that come over a link.
+#[derive(Debug, Default)]
+pub struct Confirmations {
+    records: u64,
+    /// The start of a confirmation whose rest has not come.
+    partial: Vec<u8>,
+}
+
+impl Confirmations {
+    /// Takes what has come.
+    pub fn take(&mut self, bytes: &[u8]) {
+        self.partial.extend_from_slice(bytes);
+        let (whole, rest) = self.partial.as_chunks::<CONFIRMATION_BYTES>();
+        // Never less than before: a peer that takes a word back is not believed.
+        let most = whole.iter().map(|word| u64::from_le_bytes(*word)).max();
+        self.records = self.records.max(most.unwrap_or(0));
+        self.partial = rest.to_vec();
+    }
+
+    /// Records that are confirmed.
+    #[must_use]
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+}
+
 /// Compares without telling by the time it takes where they differ.
 #[must_use]
 pub fn is_same(a: &Token, b: &[u8]) -> bool {
@@ -346,5 +372,17 @@ mod tests {
             assert_eq!(check_hello(&secret(), &bad), None, "byte {at}");
         }
         assert_ne!(secret().hello_token(5), secret().welcome_token(5));
+    }
+
+    #[test]
+    fn confirmations_in_pieces_are_understood_and_never_go_back() {
+        let mut confirmed = Confirmations::default();
+        let mut take = |bytes: &[u8], expected| {
+            confirmed.take(bytes);
+            assert_eq!(confirmed.records(), expected);
+        };
+        take(&7_u64.to_le_bytes(), 7);
+        take(&[8, 0, 0], 7);
+        take(&[0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0], 8);
     }
 }

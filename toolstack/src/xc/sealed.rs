@@ -148,7 +148,7 @@ impl StreamOut<Mapping> for SealedOut {
 impl Confirmed for SealedOut {
     fn confirmed(&mut self) -> io::Result<u64> {
         self.hear()?;
-        Ok(self.listening.confirmed)
+        Ok(self.listening.confirmed())
     }
 
     fn wait_confirmed(&mut self, records: u64) -> io::Result<()> {
