@@ -30,6 +30,12 @@ impl<'a> Crew<'a> {
         }
     }
 
+    /// The stream has come to its page data: links may bring theirs.
+    pub(super) fn begin(&mut self) {
+        self.passes.begin();
+        self.let_in();
+    }
+
     /// A pass has ended on the stream.
     pub(super) fn end_pass(&mut self, pass: u32, links: LinkSet) -> Result<()> {
         self.passes.end(pass, links)?;

@@ -244,7 +244,12 @@ where
             let action = machine.step(event)?;
             event = Event::Done;
             match action {
-                Action::ReadHeader => event = Event::Record(self.read_header()?),
+                Action::ReadHeader => {
+                    if machine.takes_pages() {
+                        self.crew.begin();
+                    }
+                    event = Event::Record(self.read_header()?);
+                }
                 Action::Skip { code, length } => {
                     let line = format!("Ignoring optional record {code:#x}");
                     self.toolstack.log(LogLevel::Debug, &line);

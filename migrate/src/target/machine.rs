@@ -318,6 +318,11 @@ impl Machine {
         require(self.phase < Phase::State, kind, "comes after the state")
     }
 
+    /// Whether page data may come now.
+    pub(super) fn takes_pages(&self) -> bool {
+        self.phase == Phase::Memory && self.has_space()
+    }
+
     /// Whether it is known which pfns there can be.
     fn has_space(&self) -> bool {
         self.guest == GuestKind::Hvm || self.p2m

@@ -17,6 +17,8 @@ const AHEAD_MAX: usize = 1024;
 /// How far every way is.
 #[derive(Debug, Default)]
 pub(super) struct Passes {
+    /// All is known that page data need, of which the stream tells first.
+    begun: bool,
     /// Passes that are complete: all below this number.
     complete: u32,
     /// The links of the passes that have ended on the stream and are not complete, in order.
@@ -27,6 +29,11 @@ pub(super) struct Passes {
 }
 
 impl Passes {
+    /// Page data may come: a link can be faster than the head of the stream.
+    pub(super) fn begin(&mut self) {
+        self.begun = true;
+    }
+
     /// Pass `pass` has ended on the stream.
     ///
     /// # Errors
@@ -67,7 +74,7 @@ impl Passes {
 
     /// Whether pages of pass `pass` may be applied.
     pub(super) fn may_apply(&self, pass: u32) -> bool {
-        pass <= self.complete
+        self.begun && pass <= self.complete
     }
 
     /// Whether all that has ended on the stream is complete.
@@ -95,6 +102,10 @@ mod tests {
 
     use super::*;
 
+    fn begun() -> Passes {
+        Passes { begun: true, ..Passes::default() }
+    }
+
     fn set(links: &[u8]) -> LinkSet {
         let mut set = LinkSet::default();
         links.iter().for_each(|link| set.insert(*link));
@@ -105,6 +116,8 @@ mod tests {
     fn a_pass_waits_for_the_stream_and_for_each_link_that_took_part() {
         let mut passes = Passes::default();
         passes.come(3, 0).unwrap();
+        assert!(!passes.may_apply(0), "nobody knows where pages belong");
+        passes.begin();
         assert!(passes.may_apply(0) && !passes.may_apply(1));
         passes.come(3, 1).unwrap();
         assert!(!passes.may_apply(1), "the stream may still carry pages of pass 0");
@@ -141,7 +154,7 @@ mod tests {
         fn nothing_is_applied_before_what_was_sent_earlier(
             steps in prop::collection::vec((0_u8..4, any::<bool>()), 0..80),
         ) {
-            let mut passes = Passes::default();
+            let mut passes = begun();
             let all = set(&[0, 1, 2]);
             let (mut at, mut ended) = ([0_u32; 3], 0);
             for link in 0..3 { passes.come(link, 0).unwrap(); }

@@ -1,6 +1,7 @@
 //! Streams made by hand, good and bad, against the modelled Xen.
 
 mod hostile;
+mod links;
 
 use crate::error::{Error, GuestError};
 use crate::fake::{FakeDomain, FakeToolstack, Heard, Host, Script, WIRING, tables};
