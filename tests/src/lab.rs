@@ -192,7 +192,7 @@ impl Drop for Session {
 const MIGRATION_PROCESSES: &str = "\
     ps -eo ppid=,args= | \
     grep -E '^ *[0-9]+ [^ ]*(xl|ssh|libxl-save-helper) ' | \
-    grep -E ' (migrate|migrate-receive|domain-guard|--save-domain|--restore-domain)( |$)' | \
+    grep -E ' (migrate|migrate-receive|domain-guard|--(save|restore)-(domain|worker))( |$)' | \
     grep -vE '^ *1 [^ ]*/xl migrate-receive' || true";
 
 /// Whether a lab has at least what is asked for; rates do not count, they can be changed.

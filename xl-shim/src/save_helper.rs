@@ -16,6 +16,7 @@ use std::process::Command;
 use std::{env, iter};
 
 use anyhow::Context;
+use rustix::fs::{FileType, fstat};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::helper::{
     Callbacks, EventSink, HelperChannel, Invocation, InvocationError, RestoreArgs, SaveArgs,
@@ -104,7 +105,10 @@ fn save(
 /// As many as the environment asks for, or help; `None`: this process does the work alone.
 fn start_workers(domain: DomId, stream: &OwnedFd) -> io::Result<Option<Pool>> {
     let ways = Ways::from_environment();
-    let (count, mode, doorman) = (ways.stream_workers(), ways.mode(), ways.doorman());
+    let (count, mode) = (ways.stream_workers(), ways.mode());
+    // Nobody who reads a file later could come to a link.
+    let is_file = FileType::from_raw_mode(fstat(stream)?.st_mode) == FileType::RegularFile;
+    let doorman = if is_file { None } else { ways.doorman() };
     if count == 0 && doorman.is_none() {
         return Ok(None);
     }
