@@ -1,9 +1,11 @@
 //! Who has which batch: the workers as the sender of passes employs them.
 //!
 //! Each worker has a request that it does and one for when it is done; whoever has least to do
-//! gets the next, so that a slow way gets less. While there are links, only their workers get
-//! batches: the stream is left to what must not wait behind pages. A link that is lost gives back
-//! the pages of all batches that the receiver has not confirmed.
+//! gets the next, so that a slow way gets less. How large a batch is follows from what the worker
+//! has done so far, and shrinks with what is left of the pass, so that all are done at about the
+//! same time, however unequal they are. While there are links, only their workers get batches: the
+//! stream is left to what must not wait behind pages. A link that is lost gives back the pages of
+//! all batches that the receiver has not confirmed.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,6 +19,14 @@ use crate::stream::link::{LinkSet, Offer};
 
 /// Batches that a worker has at most: one that it works on, one for when it is done.
 const BATCHES_EACH: usize = 2;
+/// Pages of the smallest batch. A batch costs a few messages and system calls, which is little
+/// beside this many pages.
+const BATCH_PAGES_MIN: u64 = 16;
+/// What is left of a pass, as far as it is a worker's, goes out in so many batches at least: those
+/// that it has, and one more.
+const BATCHES_PER_SHARE: u64 = 3;
+/// Pages that each worker is taken to have done before it has done any: half a batch.
+const PAGES_DONE_AT_FIRST: u64 = 512;
 
 /// The workers.
 pub(super) struct Crew {
@@ -31,6 +41,8 @@ pub(super) struct Crew {
 /// One worker.
 struct Member {
     link: Option<u8>,
+    /// Pages that it has done lately: what tells how fast it is, compared with others.
+    lately: u64,
     /// Pages of each request that it has, the oldest first.
     under_way: VecDeque<Vec<Pfn>>,
     /// What it has sent.
@@ -105,15 +117,28 @@ impl Crew {
         self.members.iter().filter(move |(_, member)| member.link.is_some() || !links)
     }
 
-    /// Hands a batch to whoever has least to do. The batch comes back if all have enough.
-    pub(super) fn offer_batch(&mut self, batch: Vec<Pfn>, last: bool) -> Option<Vec<Pfn>> {
-        let Some((worker, busy)) = self.least_busy().filter(|(_, busy)| *busy < BATCHES_EACH)
-        else {
-            return Some(batch);
-        };
-        debug_assert!(busy < BATCHES_EACH);
+    /// Who is to get the next batch; `None`: all have enough.
+    pub(super) fn free(&self) -> Option<WorkerId> {
+        let (worker, busy) = self.least_busy()?;
+        (busy < BATCHES_EACH).then_some(worker)
+    }
+
+    /// How many pages the next batch of `worker` should have, with `left` pages left of the pass.
+    pub(super) fn batch_pages(&self, worker: WorkerId, left: u64) -> usize {
+        let (mut all, mut own) = (0, 0);
+        for (id, member) in self.employed() {
+            let done = member.lately + PAGES_DONE_AT_FIRST;
+            all += done;
+            own += if *id == worker { done } else { 0 };
+        }
+        let share = u128::from(left) * u128::from(own) / u128::from(all.max(1));
+        let pages = share / u128::from(BATCHES_PER_SHARE);
+        usize::try_from(pages.max(BATCH_PAGES_MIN.into())).unwrap_or(usize::MAX)
+    }
+
+    /// Hands a batch to `worker`.
+    pub(super) fn send(&mut self, worker: WorkerId, batch: Vec<Pfn>, last: bool) {
         self.submit(worker, &Request::Batch { pages: batch.clone(), last }, batch);
-        None
     }
 
     /// Has the receiver told of pages without data over a link. `false`: there is none.
@@ -136,6 +161,8 @@ impl Crew {
         let ended = (self.pass, self.took_part);
         self.pass += 1;
         self.took_part = LinkSet::default();
+        // What was long ago counts less.
+        self.members.values_mut().for_each(|member| member.lately /= 2);
         for (worker, link) in self.links() {
             self.took_part.insert(link);
             self.submit(worker, &Request::Pass(self.pass), Vec::new());
@@ -192,6 +219,7 @@ impl Crew {
                 member.note_sent(pages, sent, confirmed);
                 member.total.bytes += outcome.bytes;
                 member.total.batches += u64::from(outcome.pages() > 0);
+                member.lately += outcome.sent.len() as u64;
                 Ok(match counters {
                     Some(counters) => Noted::Counted(member.total, counters),
                     None => Noted::Done(outcome),
@@ -208,7 +236,8 @@ impl Crew {
     fn join(&mut self, worker: WorkerId, link: Option<u8>) -> Noted {
         let (under_way, unconfirmed) = (VecDeque::new(), VecDeque::new());
         let total = Total { link, ..Total::default() };
-        self.members.insert(worker, Member { link, under_way, total, unconfirmed });
+        let member = Member { link, lately: 0, under_way, total, unconfirmed };
+        self.members.insert(worker, member);
         let Some(link) = link else { return Noted::Nothing };
         self.took_part.insert(link);
         self.submit(worker, &Request::Pass(self.pass), Vec::new());
@@ -236,5 +265,105 @@ impl Member {
         while self.unconfirmed.front().is_some_and(|(records, _)| *records <= confirmed) {
             self.unconfirmed.pop_front();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    /// Workers that take everything and never say anything by themselves.
+    struct Mute;
+
+    impl Workers for Mute {
+        fn offer(&self) -> Option<Offer> {
+            None
+        }
+
+        fn submit(&mut self, _worker: WorkerId, _request: &Request) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn news(&mut self, _wait: bool) -> io::Result<Option<News>> {
+            Ok(None)
+        }
+
+        fn dismiss(&mut self, _worker: WorkerId) {}
+    }
+
+    fn reply(crew: &mut Crew, worker: WorkerId, pages: usize, sent: u64, confirmed: u64) {
+        let done = Ok(Outcome { sent: vec![Pfn(0); pages], ..Outcome::default() });
+        let reply = Reply { done, sent, confirmed, counters: None };
+        crew.note(News::Reply(worker, reply)).unwrap();
+    }
+
+    /// A crew of links that have come to their first pass.
+    fn crew(links: u8) -> Crew {
+        let mut crew = Crew::new(Box::new(Mute));
+        for link in 0..links {
+            crew.note(News::Joined(link.into(), Some(link))).unwrap();
+            reply(&mut crew, link.into(), 0, 0, 0);
+        }
+        crew
+    }
+
+    /// Has workers that do so many pages in a tick send `pages`: when each was done.
+    fn ends(speeds: [usize; 4], pages: usize) -> [usize; 4] {
+        let mut crew = crew(4);
+        let (mut left, mut ends, mut now) = (pages, [0; 4], 0);
+        let mut queues: [VecDeque<(usize, usize)>; 4] = Default::default();
+        while left > 0 || queues.iter().any(|queue| !queue.is_empty()) {
+            while left > 0
+                && let Some(worker) = crew.free()
+            {
+                let size = crew.batch_pages(worker, left as u64).min(1024).min(left);
+                crew.send(worker, vec![Pfn(0); size], false);
+                queues[worker].push_back((size, size));
+                left -= size;
+            }
+            now += 1;
+            for (worker, queue) in queues.iter_mut().enumerate() {
+                let Some((size, to_do)) = queue.front_mut() else { continue };
+                ends[worker] = now;
+                *to_do = to_do.saturating_sub(speeds[worker]);
+                if *to_do == 0 {
+                    reply(&mut crew, worker, *size, 0, 0);
+                    queue.pop_front();
+                }
+            }
+        }
+        ends
+    }
+
+    #[test]
+    fn unequal_workers_are_done_at_about_the_same_time() {
+        for speeds in [[1, 1, 1, 1], [1, 1, 2, 2], [1, 4, 4, 10]] {
+            let ends = ends(speeds, 60_000);
+            let ideal = 60_000 / speeds.iter().sum::<usize>();
+            let last = ends.iter().max().unwrap();
+            assert!(last * 100 < ideal * 108, "{speeds:?}: {ends:?}, at best {ideal}");
+        }
+    }
+
+    #[test]
+    fn a_small_pass_is_for_all() {
+        let ends = ends([1, 1, 1, 1], 300);
+        assert!(ends.iter().all(|end| (50..110).contains(end)), "{ends:?}");
+    }
+
+    #[test]
+    fn a_lost_link_gives_back_what_was_not_confirmed_and_what_it_had() {
+        let mut crew = crew(1);
+        for pfn in 1..=3 {
+            crew.send(0, vec![Pfn(pfn)], false);
+        }
+        reply(&mut crew, 0, 1, 1, 0);
+        reply(&mut crew, 0, 1, 2, 1);
+        let lost = crew.note(News::Ended(0, "cut".into())).unwrap();
+        let Noted::Lost { link: 0, pages, .. } = lost else { panic!("{lost:?}") };
+        assert_eq!(pages, [Pfn(2), Pfn(3)]);
+        assert_eq!((crew.len(), crew.free()), (0, None));
     }
 }

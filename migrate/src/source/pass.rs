@@ -18,16 +18,10 @@ use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Tool
 use crate::report::{Event, PassPages};
 use crate::source::batch::{BatchSender, Outcome};
 use crate::source::crew::{Crew, Noted, Total};
-use crate::source::workers::Workers;
+use crate::source::workers::{WorkerId, Workers};
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link;
 
-/// Pages of the smallest batch of several workers. A batch costs them a few messages and system
-/// calls, which is little beside this many pages.
-const BATCH_PAGES_MIN: usize = 16;
-/// Each worker's share of what is left of a pass goes out in so many batches at least, so that
-/// all are done at about the same time.
-const BATCHES_PER_SHARE: usize = 2;
 /// Pages in a 2 MiB extent, which the receiver gives to the guest in one piece if they all come in
 /// one record.
 const EXTENT_PAGES: usize = 512;
@@ -166,38 +160,38 @@ where
 
     /// Sends all of `set`, or hands it to the workers.
     fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
-        let mut left = usize::try_from(set.count()).unwrap_or(usize::MAX);
+        let mut left = set.count();
         let mut pfns = set.iter().peekable();
-        loop {
+        while pfns.peek().is_some() {
             self.take_news(false, progress)?;
-            let batch = next_batch(&mut pfns, self.batch_pages(left));
-            if batch.is_empty() {
-                return Ok(());
-            }
-            left = left.saturating_sub(batch.len());
-            self.send_batch(batch, progress)?;
+            let worker = self.free_worker(progress)?;
+            let batch = match (worker, &mut self.crew) {
+                (Some(worker), Some(crew)) => {
+                    let batch = next_batch(&mut pfns, crew.batch_pages(worker, left));
+                    crew.send(worker, batch.clone(), progress.last);
+                    batch
+                }
+                _ => {
+                    let batch = next_batch(&mut pfns, BATCH_PAGES_MAX);
+                    let outcome = self.batches.send(&batch, progress.last)?;
+                    self.note(&outcome, progress)?;
+                    batch
+                }
+            };
+            left = left.saturating_sub(batch.len() as u64);
         }
+        Ok(())
     }
 
-    /// How large the next batch should be, with `left` pages left.
-    fn batch_pages(&self, left: usize) -> usize {
-        match self.crew.as_ref().map_or(0, Crew::len) {
-            0 => BATCH_PAGES_MAX,
-            workers => (left / (BATCHES_PER_SHARE * workers)).max(BATCH_PAGES_MIN),
-        }
-    }
-
-    /// Sends a batch, or hands it to the workers.
-    fn send_batch(&mut self, mut batch: Vec<Pfn>, progress: &mut Progress) -> Result<()> {
+    /// Waits for a worker that can take a batch. `None`: there is none at all.
+    fn free_worker(&mut self, progress: &mut Progress) -> Result<Option<WorkerId>> {
         while let Some(crew) = self.crew.as_mut().filter(|crew| crew.len() > 0) {
-            match crew.offer_batch(batch, progress.last) {
-                None => return Ok(()),
-                Some(back) => batch = back,
+            if let Some(worker) = crew.free() {
+                return Ok(Some(worker));
             }
             self.take_news(true, progress)?;
         }
-        let outcome = self.batches.send(&batch, progress.last)?;
-        self.note(&outcome, progress)
+        Ok(None)
     }
 
     /// Waits until no worker has a batch any more.
