@@ -29,8 +29,8 @@ const BATCHES_PER_SHARE: u64 = 3;
 const PAGES_DONE_AT_FIRST: u64 = 512;
 
 /// The workers.
-pub(super) struct Crew {
-    workers: Box<dyn Workers>,
+pub(super) struct Crew<'a> {
+    workers: Box<dyn Workers + 'a>,
     members: BTreeMap<WorkerId, Member>,
     /// The pass that is sent now, as links count them.
     pass: u32,
@@ -87,8 +87,8 @@ pub(super) enum Noted {
     },
 }
 
-impl Crew {
-    pub(super) fn new(workers: Box<dyn Workers>) -> Crew {
+impl<'a> Crew<'a> {
+    pub(super) fn new(workers: Box<dyn Workers + 'a>) -> Crew<'a> {
         Crew { workers, members: BTreeMap::new(), pass: 0, took_part: LinkSet::default() }
     }
 

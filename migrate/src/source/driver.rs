@@ -53,11 +53,11 @@ where
 ///
 /// # Errors
 /// The first thing that went wrong.
-pub fn save_with<D, O, T>(
-    domain: &D,
-    out: &mut O,
-    toolstack: &mut T,
-    workers: Option<Box<dyn Workers>>,
+pub fn save_with<'a, D, O, T>(
+    domain: &'a D,
+    out: &'a mut O,
+    toolstack: &'a mut T,
+    workers: Option<Box<dyn Workers + 'a>>,
     options: &Options,
 ) -> Result<Summary>
 where
@@ -89,7 +89,7 @@ fn open<'a, D, O, T>(
     domain: &'a D,
     out: &'a mut O,
     toolstack: &'a mut T,
-    workers: Option<Box<dyn Workers>>,
+    workers: Option<Box<dyn Workers + 'a>>,
 ) -> Result<Driver<'a, D, O, T>>
 where
     D: SourceDomain,

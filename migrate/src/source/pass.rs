@@ -31,7 +31,7 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     pub(super) batches: BatchSender<'a, D, O>,
     pub(super) toolstack: &'a mut T,
     /// Who sends the batches; else this process does.
-    crew: Option<Crew>,
+    crew: Option<Crew<'a>>,
     /// Whether the receiver has been told of links, and so has to be told of passes.
     offered: bool,
     /// Pages put off to the last pass.
@@ -63,7 +63,7 @@ where
     pub(super) fn new(
         batches: BatchSender<'a, D, O>,
         toolstack: &'a mut T,
-        workers: Option<Box<dyn Workers>>,
+        workers: Option<Box<dyn Workers + 'a>>,
     ) -> Self {
         let pages = batches.space.pages();
         PassSender {
