@@ -13,7 +13,9 @@ use rxl_migrate::fake::{
 };
 use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::report::Event;
+use rxl_migrate::source::workers::{News, Request};
 use rxl_migrate::source::{self, save_with};
+use rxl_migrate::target::links::{Answer, Ask, Links, Need};
 use rxl_migrate::target::restore_with;
 
 const LIVE: source::Options = source::Options { live: true, verify: false };
@@ -142,4 +144,35 @@ fn what_a_link_brings_that_cannot_be_applied_ends_both_ends() {
     assert!(matches!(receiver.join().unwrap(), Err(Error::Hv(_))));
     assert!(matches!(saved, Err(Error::Stream { .. })), "{saved:?}");
     assert!(!source.is_logging() && source.is_running());
+}
+
+/// The sender must not go before the receiver has heard that a link is through with the last pass:
+/// if the link is lost then, nobody is left to say so.
+#[test]
+fn a_pass_is_confirmed_as_page_data_is() {
+    use rxl_migrate::source::workers::Workers;
+
+    let source = HvmSpec { pages: 100, seed: 3 }.build(&Host::new(HOST_FRAMES, 3));
+    let target = Host::new(HOST_FRAMES, 4).create(true, 200, 1);
+    let links = [Link::new(None)];
+    let mut senders = Senders::new(&source);
+    let joins = Senders::offer(&mut senders, &links);
+    let offer = senders.offer.clone().unwrap();
+    let mut receivers = Receivers::new(&target, &Pipe::new(1, None), &links, joins);
+    receivers.open(&offer);
+    assert_eq!(senders.news(true).unwrap(), Some(News::Joined(0, Some(0))));
+    let mut ask = |request: Request| {
+        senders.submit(0, &request).unwrap();
+        match senders.news(true).unwrap() {
+            Some(News::Reply(0, reply)) => (reply.sent, reply.confirmed),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(ask(Request::Pass(3)), (1, 0));
+    assert_eq!(receivers.wait(true).unwrap(), Need::Ask(0, Ask::Pass(3)));
+    assert_eq!(ask(Request::Pass(4)), (2, 0));
+    receivers.answer(0, &Answer::GoOn).unwrap();
+    assert_eq!(receivers.wait(true).unwrap(), Need::Ask(0, Ask::Pass(4)));
+    receivers.answer(0, &Answer::GoOn).unwrap();
+    assert_eq!(ask(Request::Confirm), (2, 2));
 }

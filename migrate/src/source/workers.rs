@@ -195,6 +195,7 @@ where
             }
             Request::Pass(pass) => {
                 self.write(&link::pass_record(pass)?, "writing to a link")?;
+                self.sent += 1;
             }
             Request::Confirm => {
                 let wait = self.batches.out.wait_confirmed(self.sent);

@@ -155,14 +155,12 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
         match header.kind {
             ReadKind::Known(RecordKind::PageData) => {
                 self.placer.receive(&mut self.reader, &mut self.memory, header.length)?;
-                self.records += 1;
-                let confirmed = self.reader.input.confirm(self.records);
-                confirmed
-                    .map_err(|source| Error::Stream { what: "confirming a record", source })?;
+                self.confirm()?;
             }
             ReadKind::Known(RecordKind::RxlPass) if header.length == 8 => {
                 let pass = link::parse_pass(&self.reader.array::<8>(LINK)?)?;
                 self.memory.ask(&Ask::Pass(pass))?;
+                self.confirm()?;
             }
             ReadKind::Known(kind) => {
                 let why = "is not for links";
@@ -171,6 +169,13 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
             ReadKind::Optional(code) => return Err(FormatError::UnknownRecord(code).into()),
         }
         Ok(true)
+    }
+
+    /// One more record is applied.
+    fn confirm(&mut self) -> Result<()> {
+        self.records += 1;
+        let confirmed = self.reader.input.confirm(self.records);
+        confirmed.map_err(|source| Error::Stream { what: "confirming a record", source })
     }
 }
 

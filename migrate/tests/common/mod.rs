@@ -262,7 +262,7 @@ enum Said {
 /// The sender's workers.
 pub struct Senders {
     domain: FakeDomain,
-    offer: Option<Offer>,
+    pub offer: Option<Offer>,
     links: BTreeMap<u8, Link>,
     requests: BTreeMap<WorkerId, (Sender<Request>, Option<Link>)>,
     threads: Vec<JoinHandle<()>>,
