@@ -31,7 +31,7 @@ use crate::doorman::Doorman;
 use crate::messages;
 use crate::tls::Identity;
 use crate::worker::{Mode, Worker, become_worker};
-use crate::xc::{FdOut, LiveDomain, SealedOut, SendingLink};
+use crate::xc::{FdOut, Idle, LiveDomain, SealedOut, SendingLink};
 
 /// The first argument of a worker's command line: then come the domain's number, and the turn's,
 /// or [`LINK`].
@@ -118,6 +118,13 @@ impl<O> Confirmed for SharedOut<O> {
 
     fn stalled_ns(&self) -> u64 {
         u64::try_from(self.stalled.as_nanos()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Whether the stream breaks shows when the next batch is written.
+impl<O> Idle for SharedOut<O> {
+    fn wait_for(&mut self, _socket: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -303,8 +310,9 @@ impl Workers for Pool {
 #[derive(Debug)]
 struct Socket<F>(F);
 
-impl<F: AsFd> Employer for Socket<F> {
-    fn next(&mut self) -> io::Result<Option<Request>> {
+impl<F: AsFd, O: Idle> Employer<O> for Socket<F> {
+    fn next(&mut self, way: &mut O) -> io::Result<Option<Request>> {
+        way.wait_for(self.0.as_fd())?;
         messages::receive(self.0.as_fd())
     }
 
@@ -315,7 +323,7 @@ impl<F: AsFd> Employer for Socket<F> {
 
 fn serve<O>(domain: DomId, mut out: O, socket: impl AsFd) -> rxl_migrate::Result<()>
 where
-    O: StreamOut<crate::xc::Mapping> + Confirmed,
+    O: StreamOut<crate::xc::Mapping> + Confirmed + Idle,
 {
     let domain = LiveDomain::open(domain)?;
     work(&domain, &mut out, &mut Socket(socket))

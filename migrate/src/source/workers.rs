@@ -113,13 +113,15 @@ pub trait Workers {
     fn dismiss(&mut self, worker: WorkerId);
 }
 
-/// The process that makes the passes, as a worker sees it.
-pub trait Employer {
-    /// The next request; `None` at the end.
+/// The process that makes the passes, as a worker that sends over an `O` sees it.
+pub trait Employer<O> {
+    /// The next request; `None` at the end. A link is watched meanwhile: others may wait for what
+    /// it has carried, and whoever has nothing to send over it would not notice that it is lost.
     ///
     /// # Errors
-    /// It cannot be read, or is none.
-    fn next(&mut self) -> io::Result<Option<Request>>;
+    /// It cannot be read, or is none; the link is broken, or the receiver has been silent on it
+    /// for too long.
+    fn next(&mut self, way: &mut O) -> io::Result<Option<Request>>;
     /// Answers it.
     ///
     /// # Errors
@@ -150,7 +152,7 @@ pub trait Confirmed {
 /// # Errors
 /// Xen's, before there is any request, or the employer's. What goes wrong with a request is only
 /// told.
-pub fn work<D, O>(domain: &D, out: &mut O, employer: &mut impl Employer) -> Result<()>
+pub fn work<D, O>(domain: &D, out: &mut O, employer: &mut impl Employer<O>) -> Result<()>
 where
     D: SourceDomain,
     O: StreamOut<D::Pages> + Confirmed,
@@ -158,7 +160,7 @@ where
     let talk = |source| Error::Worker { what: "talking to the save helper", source };
     let space = Space::open(domain, &domain.info()?)?;
     let mut worker = Worker { batches: BatchSender::new(domain, out, space), sent: 0 };
-    while let Some(request) = employer.next().map_err(talk)? {
+    while let Some(request) = employer.next(worker.batches.out).map_err(talk)? {
         let counters = (request == Request::Count).then(|| worker.counters());
         let done = worker.serve(request).map_err(Failure::from);
         // A way that is broken shows it again where it matters.

@@ -279,8 +279,8 @@ struct SendingThread {
     leaves_after: Option<u32>,
 }
 
-impl Employer for SendingThread {
-    fn next(&mut self) -> io::Result<Option<Request>> {
+impl<O> Employer<O> for SendingThread {
+    fn next(&mut self, _way: &mut O) -> io::Result<Option<Request>> {
         let request = self.requests.recv().ok();
         if let Some(left) = &mut self.leaves_after {
             *left = left.checked_sub(1).ok_or(ErrorKind::Interrupted)?;

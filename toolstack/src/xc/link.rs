@@ -116,6 +116,17 @@ impl Listening {
         }
     }
 
+    /// Waits until `link` or `other` can be read, but not longer than between two heartbeats.
+    /// `true`: `other` can.
+    pub(super) fn poll_beside(link: BorrowedFd<'_>, other: BorrowedFd<'_>) -> io::Result<bool> {
+        let mut both = [other, link].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        match poll(&mut both, Some(&HEARTBEAT)) {
+            Ok(_) => Ok(both.first().is_some_and(|other| !other.revents().is_empty())),
+            Err(Errno::INTR) if !abort::requested() => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Whether the receiver has not been silent for too long, since `started` at least.
     pub(super) fn check(&self, started: Instant) -> io::Result<()> {
         if self.heard.max(started).elapsed() <= SILENCE_MAX {
@@ -202,6 +213,26 @@ impl Confirmed for SendingLink {
     }
 }
 
+/// A way to the receiver while there is nothing to send.
+pub trait Idle {
+    /// Waits until `socket` can be read.
+    ///
+    /// # Errors
+    /// The system's; the way is broken, or the receiver has been silent for too long.
+    fn wait_for(&mut self, socket: BorrowedFd<'_>) -> io::Result<()>;
+}
+
+impl Idle for SendingLink {
+    fn wait_for(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let started = Instant::now();
+        while !Listening::poll_beside(self.out.fd.as_fd(), socket)? {
+            self.out.waiting.hear(self.out.fd.as_fd())?;
+            self.out.waiting.check(started)?;
+        }
+        Ok(())
+    }
+}
+
 /// The receiver's end.
 #[derive(Debug)]
 pub struct ReceivingLink {
@@ -227,6 +258,16 @@ struct Said {
     confirmed: u64,
     /// The rest of a confirmation that the connection did not take.
     unsent: Vec<u8>,
+    /// When it was said last.
+    at: Option<Instant>,
+}
+
+impl Said {
+    /// Whether it is time to say it again.
+    fn is_old(&self) -> bool {
+        let heartbeat = Duration::from_secs(HEARTBEAT.tv_sec.unsigned_abs());
+        self.at.is_none_or(|at| at.elapsed() >= heartbeat)
+    }
 }
 
 impl ReceivingLink {
@@ -269,6 +310,8 @@ impl Heartbeat {
         loop {
             match poll(&mut [PollFd::from_borrowed_fd(fd, wanted)], Some(&HEARTBEAT)) {
                 Ok(0) => self.beat()?,
+                // Bytes that trickle in are no reason to be silent.
+                Ok(_) if self.said.borrow().is_old() => return self.beat(),
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
@@ -279,6 +322,7 @@ impl Heartbeat {
     /// Says how much is confirmed, as far as the connection takes it.
     fn beat(&self) -> io::Result<()> {
         let mut said = self.said.borrow_mut();
+        said.at = Some(Instant::now());
         let word = said.confirmed.to_le_bytes();
         let sent = match &self.voice {
             Voice::Plain(socket) => {
@@ -398,5 +442,41 @@ mod tests {
         let error = link.write_all(&vec![9; 64 << 20]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
         assert!(started.elapsed() > SILENCE_MAX);
+    }
+
+    /// Nothing is to be sent, so nothing else would tell.
+    #[test]
+    fn a_link_that_idles_is_watched() {
+        let (asked, asks) = pair();
+        let (ours, theirs) = pair();
+        let mut link = SendingLink::new(ours).unwrap();
+        let started = Instant::now();
+        let error = link.wait_for(asked.as_fd()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
+        assert!(started.elapsed() > SILENCE_MAX);
+        rustix::io::write(&theirs, &7_u64.to_le_bytes()).unwrap();
+        rustix::io::write(&asks, b"x").unwrap();
+        link.wait_for(asked.as_fd()).unwrap();
+        rustix::io::read(&asked, &mut [0]).unwrap();
+        drop(theirs);
+        assert_eq!(link.wait_for(asked.as_fd()).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        assert_eq!(link.out.waiting.confirmed(), 7);
+    }
+
+    /// Every byte comes before it is time for a heartbeat.
+    #[test]
+    fn a_receiver_says_that_it_is_there_while_bytes_trickle_in() {
+        let (ours, theirs) = pair();
+        let receiver = thread::spawn(move || {
+            let mut link = ReceivingLink::new(theirs).unwrap();
+            link.read_exact(&mut [0; 16]).unwrap();
+        });
+        for _ in 0..16 {
+            rustix::io::write(&ours, &[1]).unwrap();
+            thread::sleep(Duration::from_millis(200));
+        }
+        receiver.join().unwrap();
+        let mut said = [0; 64];
+        assert!(rustix::io::read(&ours, &mut said).unwrap() >= 2 * CONFIRMATION_BYTES);
     }
 }

@@ -41,7 +41,7 @@ mod vcpu;
 
 pub use domain::LiveDomain;
 pub use foreign::Mapping;
-pub use link::{Heartbeat, ReceivingLink, SendingLink};
+pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink};
 pub use sealed::{SealedIn, SealedOut};
 pub use stream::{FdIn, FdOut, Patience};
 

@@ -5,7 +5,7 @@
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use rxl_migrate::stream::link::{Fingerprint, TOKEN_BYTES, Token, is_same};
 use rxl_migrate::target::links::LinkIn;
 
 use super::foreign::Mapping;
-use super::link::{Heartbeat, Listening, prepare};
+use super::link::{Heartbeat, Idle, Listening, prepare};
 use crate::tls::{Identity, Tls};
 
 /// Bytes that are encrypted at a time: few enough to stay in the cache, and 16 of TLS's records.
@@ -163,6 +163,17 @@ impl Confirmed for SealedOut {
 
     fn stalled_ns(&self) -> u64 {
         self.listening.stalled_ns()
+    }
+}
+
+impl Idle for SealedOut {
+    fn wait_for(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let started = Instant::now();
+        while !Listening::poll_beside(self.tls.as_fd(), socket)? {
+            self.hear()?;
+            self.listening.check(started)?;
+        }
+        Ok(())
     }
 }
 
