@@ -1,10 +1,10 @@
 //! The sender's workers: they map and send batches, so that the kernel's lock on one address space
 //! does not keep all cores but one waiting.
 //!
-//! Workers of the stream share it: whoever writes a batch takes the *turn*, a semaphore of the
-//! kernel (eventfd(2)), for as long as it writes. While one writes, the others map. (A ring
-//! between mappers and one writer would do the same with one more copy.) A worker of a link has it
-//! to itself, and is started when the link comes in ([`crate::doorman`]).
+//! Workers of the stream share it: whoever writes a batch takes the *turn*, a lock of the kernel
+//! (flock(2)), for as long as it writes; one that is killed does not keep it. While one writes, the
+//! others map. (A ring between mappers and one writer would do the same with one more copy.) A
+//! worker of a link has it to itself, and is started when the link comes in ([`crate::doorman`]).
 //!
 //! What they say is [`rxl_migrate::source::workers`]'s; who gets which batch is decided there.
 
@@ -13,10 +13,10 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{self, FlockOperation, MemfdFlags, OFlags, flock, memfd_create, open};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{ForeignPages, PagePiece, StreamOut};
@@ -40,23 +40,28 @@ pub const ARGUMENT: &str = "--save-worker";
 const LINK: &str = "link";
 /// Most workers of the stream.
 pub const WORKERS_MAX: u8 = 64;
-/// How long to wait at most while a connection may have to be closed.
+/// How long to wait at most: a connection may have to be closed, a signal may have been missed.
 const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// The right to write to the stream, which one worker has at a time.
-#[derive(Clone, Debug)]
-pub struct Turn(Arc<OwnedFd>);
+/// The right to write to the stream, which one worker has at a time. Each has its own.
+#[derive(Debug)]
+pub struct Turn(OwnedFd);
 
 impl Turn {
     fn new() -> io::Result<Turn> {
-        Ok(Turn(Arc::new(eventfd(1, EventfdFlags::SEMAPHORE | EventfdFlags::CLOEXEC)?)))
+        Ok(Turn(memfd_create("turn", MemfdFlags::CLOEXEC)?))
+    }
+
+    /// For another: a lock belongs to what open(2) returned, not to the file.
+    fn another(&self) -> io::Result<Turn> {
+        let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
+        Ok(Turn(open(path, OFlags::RDWR | OFlags::CLOEXEC, fs::Mode::empty())?))
     }
 
     fn take(&self) -> io::Result<()> {
-        let mut count = [0; 8];
         loop {
-            match rustix::io::read(&*self.0, &mut count) {
-                Ok(_) => return Ok(()),
+            match flock(&self.0, FlockOperation::LockExclusive) {
+                Ok(()) => return Ok(()),
                 Err(Errno::INTR) if !abort::requested() => {}
                 Err(error) => return Err(error.into()),
             }
@@ -64,8 +69,7 @@ impl Turn {
     }
 
     fn give(&self) -> io::Result<()> {
-        rustix::io::write(&*self.0, &1_u64.to_ne_bytes())?;
-        Ok(())
+        Ok(flock(&self.0, FlockOperation::Unlock)?)
     }
 }
 
@@ -90,9 +94,10 @@ impl<O> SharedOut<O> {
         let started = Instant::now();
         turn.take()?;
         self.stalled += started.elapsed();
-        // After an error the stream is worthless, and nobody gets the turn any more.
-        write(&mut self.out)?;
-        turn.give()
+        // After an error the stream is worthless. But others may be waiting: they are to find out.
+        let written = write(&mut self.out);
+        turn.give()?;
+        written
     }
 }
 
@@ -177,9 +182,11 @@ impl Pool {
     }
 
     /// What this process needs to write to the stream too.
-    #[must_use]
-    pub fn turn(&self) -> Turn {
-        self.turn.clone()
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn turn(&self) -> io::Result<Turn> {
+        self.turn.another()
     }
 
     fn employ(&mut self, worker: Worker, link: Option<u8>) {
@@ -189,7 +196,7 @@ impl Pool {
     }
 
     fn stream_worker(&self, stream: OwnedFd) -> io::Result<Worker> {
-        let (domain, turn) = (self.domain, self.turn.clone());
+        let (domain, turn) = (self.domain, &self.turn);
         match self.mode {
             Mode::Process => {
                 fcntl_setfd(&turn.0, FdFlags::empty())?;
@@ -199,10 +206,13 @@ impl Pool {
                 fcntl_setfd(&turn.0, FdFlags::CLOEXEC)?;
                 worker
             }
-            Mode::Thread => Worker::thread(None, move |socket| {
-                let out = SharedOut::new(FdOut::new(stream), Some(turn));
-                say_if_failed(serve(domain, out, &socket));
-            }),
+            Mode::Thread => {
+                let turn = turn.another()?;
+                Worker::thread(None, move |socket| {
+                    let out = SharedOut::new(FdOut::new(stream), Some(turn));
+                    say_if_failed(serve(domain, out, &socket));
+                })
+            }
         }
     }
 
@@ -235,12 +245,7 @@ impl Pool {
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
         let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let timeout = match (wait, doors) {
-            (false, _) => Some(&nothing),
-            (true, 0) => None,
-            (true, _) => Some(&TICK),
-        };
-        match poll(&mut all, timeout) {
+        match poll(&mut all, Some(if wait { &TICK } else { &nothing })) {
             Ok(_) => {}
             Err(Errno::INTR) if !abort::requested() => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -294,7 +299,12 @@ impl Workers for Pool {
     }
 
     fn news(&mut self, wait: bool) -> io::Result<Option<News>> {
-        while self.news.is_empty() && (self.poll(wait)? || wait) {}
+        while self.news.is_empty() && (self.poll(wait)? || wait) {
+            // The signal may have come before the call that it was to end.
+            if abort::requested() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+        }
         Ok(self.news.pop_front())
     }
 
@@ -384,13 +394,14 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
         };
     }
     let turn = way.parse().map_err(|_| wrong())?;
-    let turn = Turn(Arc::new(crate::inherit::descriptor(turn).map_err(failed)?));
+    let turn = Turn(crate::inherit::descriptor(turn).map_err(failed)?);
+    let turn = turn.another().map_err(failed)?;
     serve(domain, SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn)), stdin.as_fd())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
     use std::thread;
 
     use super::*;
@@ -462,12 +473,29 @@ mod tests {
         let (turn, crowd) = (Turn::new().unwrap(), Crowd::default());
         let writers: Vec<_> = (0..4)
             .map(|_| {
-                let mut out = SharedOut::new(crowd.clone(), Some(turn.clone()));
+                let mut out = SharedOut::new(crowd.clone(), Some(turn.another().unwrap()));
                 thread::spawn(move || (0..500).try_for_each(|_| out.in_turn(|c| c.write())))
             })
             .collect();
         for writer in writers {
             writer.join().unwrap().unwrap();
         }
+    }
+
+    /// Whoever waits for the turn would wait for ever.
+    #[test]
+    fn who_fails_or_is_killed_does_not_keep_the_turn() {
+        let turn = Turn::new().unwrap();
+        let out = || SharedOut::new((), Some(turn.another().unwrap()));
+        assert!(out().in_turn(|()| Err(io::ErrorKind::BrokenPipe.into())).is_err());
+        let killed = turn.another().unwrap();
+        killed.take().unwrap();
+        let next = {
+            let mut out = out();
+            thread::spawn(move || out.in_turn(|()| Ok(())))
+        };
+        // What the kernel does when a process ends.
+        drop(killed);
+        next.join().unwrap().unwrap();
     }
 }

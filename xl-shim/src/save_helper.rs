@@ -93,9 +93,10 @@ fn save(
     channel: &mut Channel,
     options: &source::Options,
 ) -> rxl_migrate::Result<()> {
-    let workers = start_workers(domain, stream)
-        .map_err(|source| rxl_migrate::Error::Worker { what: "starting workers", source })?;
-    let mut out = SharedOut::new(FdOut::new(stream), workers.as_ref().map(Pool::turn));
+    let failed = |source| rxl_migrate::Error::Worker { what: "starting workers", source };
+    let workers = start_workers(domain, stream).map_err(failed)?;
+    let turn = workers.as_ref().map(Pool::turn).transpose().map_err(failed)?;
+    let mut out = SharedOut::new(FdOut::new(stream), turn);
     let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers>);
     let domain = LiveDomain::open(domain)?;
     source::save_with(&domain, &mut out, channel, workers, options)?;
