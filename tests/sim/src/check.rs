@@ -43,6 +43,7 @@ pub(crate) fn check(world: &mut World, ended: Ended) {
             check_sender(world, &copies, &mut found);
             check_receiver(world, &copies, &mut found);
             check_life(world, &copies, &mut found);
+            check_success(world, &mut found);
         }
     }
     found.iter().for_each(|what| world.facts.violated(what));
@@ -211,6 +212,15 @@ fn check_life(world: &World, copies: &Copies, found: &mut Vec<String>) {
     }
 }
 
+/// Where nothing goes wrong, or only with links, the guest moves.
+fn check_success(world: &World, found: &mut Vec<String>) {
+    let end = world.facts.sender_end;
+    if world.plan.is_calm() && end != Some(SenderEnd::Moved) {
+        let what = if world.plan.has_link_faults() { "only links" } else { "nothing" };
+        found.push(format!("{what} went wrong, but the guest did not move: {end:?}"));
+    }
+}
+
 fn cover(world: &mut World, copies: &Copies) {
     let calm = world.plan.is_calm();
     let facts = &mut world.facts;
@@ -243,7 +253,10 @@ fn cover(world: &mut World, copies: &Copies) {
             "at the end: runs at the source",
         ),
         (copies.target.iter().any(|(_, runs, _)| *runs), "at the end: runs at the target"),
-        (calm, "nothing goes wrong"),
+        (calm && !world.plan.has_link_faults(), "nothing goes wrong"),
+        (calm && world.plan.has_link_faults(), "only links go wrong"),
+        (world.plan.ways.stream_workers > 0, "workers that share the stream"),
+        (world.plan.ways.has_slow(), "links: one that is slow"),
     ] {
         if happened {
             facts.coverage.count(name);
@@ -252,7 +265,11 @@ fn cover(world: &mut World, copies: &Copies) {
     let plan = &world.plan;
     let (malicious, short) = (plan.malicious, plan.short_of_memory);
     let hypercalls = plan.fails_hypercalls();
+    let links = plan.ways.links.len();
     let facts = &mut world.facts;
+    if links > 0 {
+        facts.coverage.count(format!("links: {links} offered"));
+    }
     match malicious {
         Some(Side::Source) => facts.coverage.count("malicious sender"),
         Some(Side::Target) => facts.coverage.count("malicious receiver"),

@@ -14,12 +14,16 @@ use rxl_migrate::hypervisor::{
     PolicyError, SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
 };
 use rxl_migrate::report::Event;
+use rxl_migrate::source::workers::{Confirmed, Workers};
 use rxl_migrate::{source, target};
 
+use crate::link::piece_of;
 use crate::machine::WIRING;
 use crate::pipe::PipeId;
 use crate::plant::{Plant, Reorder};
 use crate::process::{File, Process};
+use crate::receivers::Openers;
+use crate::senders::{Pool, Turn};
 use crate::world::{Cond, terminated};
 
 /// What libxl answers in a plain save and in a plain restore.
@@ -43,22 +47,31 @@ pub(crate) fn save(
         HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated);
     let reorder = (plant == Some(Plant::PassesOverlap)).then(Reorder::default);
     channel = channel.with_events(event_sink(process, reorder.as_ref()));
-    let mut out = Out { process, stream, reorder };
     let options = source::Options { live: true, verify };
-    let saved = source::save(&Stepped { process, domain, plant }, &mut out, &mut channel, &options);
+    let workers = Pool::start(process, &domain, stream);
+    let turn = workers.as_ref().map(Pool::turn);
+    let mut out = Out { process, stream, reorder, turn };
+    let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers + '_>);
+    let domain = Stepped::new(process, domain);
+    let saved = source::save_with(&domain, &mut out, &mut channel, workers, &options);
     if let Err(error) = &saved {
-        process.world().trace.say(|| format!("the save fails: {error}"));
+        process.world().trace.say(|| format!("the save fails: {}", error.chain()));
     }
     let _ = channel.complete(if saved.is_ok() { 0 } else { -1 }, errno_of(saved.err().as_ref()));
 }
 
 /// What rxl's process hears of the engine.
 fn event_sink(process: &Process<'_>, reorder: Option<&Reorder>) -> EventSink {
-    let events = process.world().events.clone();
+    let (world, events) = (process.shared_world(), process.world().events.clone());
     let mut watch = reorder.map(Reorder::watch);
     Box::new(move |event| {
         if let Some(watch) = &mut watch {
             watch(event);
+        }
+        match event {
+            Event::LinkJoined { .. } => world.borrow_mut().facts.coverage.count("links: one used"),
+            Event::LinkLost { .. } => world.borrow_mut().facts.coverage.count("links: one lost"),
+            _ => {}
         }
         if matches!(event, Event::SuspendAsked | Event::Suspended) {
             events.borrow_mut().push(event.clone());
@@ -74,15 +87,16 @@ pub(crate) fn restore(
     replies: PipeId,
     messages: PipeId,
 ) {
-    let plant = process.world().plan.plant;
     let replies = File { process, pipe: replies };
     let messages = File { process, pipe: messages };
     let mut channel =
         HelperChannel::new(replies, messages, domain.domid(), RESTORE_CALLBACKS, terminated);
-    let domain = Stepped { process, domain, plant };
-    let restored = target::restore(&domain, &mut In { process, stream }, &mut channel, &WIRING);
+    let links = Box::new(Openers::new(process, &domain, stream));
+    let domain = Stepped::new(process, domain);
+    let mut input = In { process, stream };
+    let restored = target::restore_with(&domain, &mut input, &mut channel, Some(links), &WIRING);
     if let Err(error) = &restored {
-        process.world().trace.say(|| format!("the restore fails: {error}"));
+        process.world().trace.say(|| format!("the restore fails: {}", error.chain()));
         process.world().facts.coverage.count("restore failed in the engine");
     }
     let (store, console) = restored.as_ref().map_or((0, 0), |o| (o.store_frame, o.console_frame));
@@ -97,13 +111,28 @@ fn errno_of(error: Option<&Error>) -> i32 {
 }
 
 /// The outgoing stream.
-struct Out<'a, 'b> {
+pub(crate) struct Out<'a, 'b> {
     process: &'a Process<'b>,
     stream: PipeId,
     reorder: Option<Reorder>,
+    /// `None`: nobody else writes.
+    turn: Option<Turn>,
 }
 
-impl Out<'_, '_> {
+impl<'a, 'b> Out<'a, 'b> {
+    /// A stream that others write, too.
+    pub(crate) fn shared(process: &'a Process<'b>, stream: PipeId, turn: Turn) -> Self {
+        Out { process, stream, reorder: None, turn: Some(turn) }
+    }
+
+    fn in_turn(&mut self, write: impl FnOnce(&mut Self) -> io::Result<()>) -> io::Result<()> {
+        let Some(turn) = self.turn else { return write(self) };
+        turn.take(self.process)?;
+        let written = write(self);
+        turn.give(self.process);
+        written
+    }
+
     /// As the descriptor does: SIGTERM ends a write that waits, and every later one.
     fn put(&self, bytes: &[u8]) -> io::Result<()> {
         self.process.step();
@@ -131,7 +160,7 @@ impl StreamOut<FakePages> for Out<'_, '_> {
         if let Some(late) = self.reorder.as_mut().and_then(Reorder::late) {
             self.put(&late)?;
         }
-        self.put(bytes)
+        self.in_turn(|out| out.put(bytes))
     }
 
     fn write_pages(
@@ -140,28 +169,30 @@ impl StreamOut<FakePages> for Out<'_, '_> {
         pages: &FakePages,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
-        let mut record = head.to_vec();
         let mut buffer = PageBuf::zeroed();
-        if self.reorder.is_none() {
-            self.put(head)?;
-        }
+        let Some(reorder) = &mut self.reorder else {
+            return self.in_turn(|out| {
+                out.put(head)?;
+                pieces.iter().try_for_each(|p| out.put(&piece_of(pages, p, &mut buffer).0))
+            });
+        };
+        let mut record = head.to_vec();
         for piece in pieces {
-            let page: &PageBuf = match piece {
-                PagePiece::Mapped(index) => {
-                    pages.read_page(*index, &mut buffer);
-                    &buffer
-                }
-                PagePiece::Copied(copy) => copy,
-            };
-            match &self.reorder {
-                None => self.put(&page.0)?,
-                Some(_) => record.extend_from_slice(&page.0),
-            }
+            record.extend_from_slice(&piece_of(pages, piece, &mut buffer).0);
         }
-        match self.reorder.as_mut().map(|reorder| reorder.pass(record)) {
-            None => Ok(()),
-            Some(records) => records.iter().try_for_each(|record| self.put(record)),
-        }
+        let records = reorder.pass(record);
+        records.iter().try_for_each(|record| self.put(record))
+    }
+}
+
+/// Nobody confirms what is in the stream: it arrives, or the migration fails.
+impl Confirmed for Out<'_, '_> {
+    fn confirmed(&mut self) -> io::Result<u64> {
+        Ok(u64::MAX)
+    }
+
+    fn wait_confirmed(&mut self, _records: u64) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -192,13 +223,18 @@ impl StreamIn<FakePages> for In<'_, '_> {
 }
 
 /// A domain whose hypercalls are moments at which others go on.
-struct Stepped<'a, 'b> {
+pub(crate) struct Stepped<'a, 'b> {
     process: &'a Process<'b>,
     domain: FakeDomain,
     plant: Option<Plant>,
 }
 
-impl Stepped<'_, '_> {
+impl<'a, 'b> Stepped<'a, 'b> {
+    pub(crate) fn new(process: &'a Process<'b>, domain: FakeDomain) -> Self {
+        let plant = process.world().plan.plant;
+        Stepped { process, domain, plant }
+    }
+
     fn then(&self) -> &FakeDomain {
         self.process.step();
         &self.domain

@@ -20,9 +20,12 @@
 
 mod check;
 mod coverage;
+mod door;
 mod facts;
+mod faults;
 mod helper;
 mod libxl;
+mod link;
 mod machine;
 mod peer;
 mod pipe;
@@ -30,9 +33,13 @@ mod plan;
 mod plant;
 mod process;
 mod receiver;
+mod receivers;
 mod sender;
+mod senders;
 mod ssh;
 mod trace;
+mod ways;
+mod worker;
 mod world;
 
 use std::any::Any;

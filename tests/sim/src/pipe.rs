@@ -42,6 +42,10 @@ pub(crate) struct Link {
     pub(crate) carried: u64,
     /// It is cut once it has carried so many.
     pub(crate) cut_at: Option<u64>,
+    /// Whoever writes to a reader that is gone hears it only when the answer comes.
+    pub(crate) answers_late: bool,
+    /// When the answer comes.
+    pub(crate) refused_at: Option<u64>,
     /// It has been cut, and the process at its reading and at its writing end see it then.
     pub(crate) cut: Option<(u64, u64)>,
 }
@@ -55,6 +59,8 @@ impl Link {
             arrived: 0,
             carried: 0,
             cut_at: None,
+            answers_late: false,
+            refused_at: None,
             cut: None,
         }
     }
@@ -111,6 +117,11 @@ impl Pipe {
         })
     }
 
+    /// Whether there is something in it that nobody is going to read.
+    pub(crate) fn is_wasted(&self) -> bool {
+        self.readers == 0 && !self.data.is_empty()
+    }
+
     /// Whether a read would not block.
     pub(crate) fn is_readable(&mut self, now: u64) -> bool {
         self.available(now) > 0
@@ -128,7 +139,7 @@ impl Pipe {
         self.readers == 0 && !self.is_cut() || self.is_reset(End::Write, now)
     }
 
-    fn is_cut(&self) -> bool {
+    pub(crate) fn is_cut(&self) -> bool {
         self.link.as_ref().is_some_and(|link| link.cut.is_some())
     }
 
@@ -174,7 +185,12 @@ impl Pipe {
             return Some(Err(ErrorKind::ConnectionReset.into()));
         }
         if self.readers == 0 && !self.is_cut() {
-            return Some(Err(ErrorKind::BrokenPipe.into()));
+            let link = self.link.as_mut().filter(|link| link.answers_late);
+            let at = link.map(|link| *link.refused_at.get_or_insert(now + 2 * link.latency));
+            return Some(match at.filter(|at| now < *at) {
+                Some(_) => Ok(bytes.len()),
+                None => Err(ErrorKind::BrokenPipe.into()),
+            });
         }
         let room = self.capacity.saturating_sub(self.data.len()).min(bytes.len());
         if room == 0 {

@@ -7,7 +7,8 @@ use serde_json::json;
 use crate::machine::{Machine, NAME};
 use crate::pipe::{Link, Pipe};
 use crate::plant::Plant;
-use crate::world::{ROLES, Role, Side};
+use crate::ways::Ways;
+use crate::world::{ROLES, Role, Side, WORKERS};
 
 /// A request to libxl that can be made to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub(crate) enum Act {
     Crash(Side),
     /// The link goes dead.
     Cut,
+    /// The connection of a link goes dead.
+    CutConnection(u8),
     /// Ctrl-C, or a polite end.
     Signal(Role),
 }
@@ -45,6 +48,7 @@ impl Act {
             Act::Kill(role) => role as u64,
             Act::Crash(side) => 100 + side as u64,
             Act::Cut => 200,
+            Act::CutConnection(link) => 201 + u64::from(link),
             Act::Signal(role) => 300 + role as u64,
         }
     }
@@ -124,6 +128,8 @@ pub(crate) struct Plan {
     pub(crate) suspension: Suspension,
     /// The guest takes note of the request to suspend at once, so that it cannot be taken back.
     pub(crate) acknowledges: bool,
+    /// Workers and links.
+    pub(crate) ways: Ways,
     triggers: Vec<Trigger>,
     /// Where, what, how many succeed before, and whether it happens nevertheless.
     requests: Vec<(Side, Request, u32, bool)>,
@@ -136,6 +142,8 @@ pub(crate) struct Plan {
     pub(crate) plant: Option<Plant>,
     shape: (bool, u64, u32),
     calm: bool,
+    /// Something is to go wrong with links, which no migration may fail of.
+    link_faults: bool,
 }
 
 const SOURCE_CALLS: [&str; 14] = [
@@ -172,25 +180,29 @@ const TARGET_CALLS: [&str; 13] = [
 const ERRNOS: [i32; 4] = [5, 12, 14, 22];
 
 /// Random choices that a plan is made of.
-struct Dice(Rng);
+pub(crate) struct Dice(pub(crate) Rng);
 
 impl Dice {
-    fn one_of<T: Copy>(&mut self, items: &[T]) -> T {
+    pub(crate) fn one_of<T: Copy>(&mut self, items: &[T]) -> T {
         items[self.0.index(items.len())]
     }
 
-    fn within(&mut self, from: u64, to: u64) -> u64 {
+    pub(crate) fn within(&mut self, from: u64, to: u64) -> u64 {
         from + self.0.below(to - from + 1)
     }
 
     /// A moment: how far a process is.
-    fn moment(&mut self, act: Act) -> Trigger {
+    fn moment(&mut self, act: Act, workers: bool) -> Trigger {
         let watched = match act {
             Act::Kill(role) | Act::Signal(role) if self.0.one_in(2) => role,
+            Act::CutConnection(_) if self.0.one_in(2) => self.one_of(&WORKERS),
+            _ if workers && self.0.one_in(4) => self.one_of(&WORKERS),
             _ => self.one_of(&ROLES),
         };
         let (after, bounds) = match self.within(0, 1) {
             0 => (None, [6, 20, 60, 200, 600]),
+            // Workers have their last work to do then.
+            _ if WORKERS.contains(&watched) => (Some(Landmark::SuspendAsked), [2, 6, 20, 60, 200]),
             _ => (Some(self.one_of(&LANDMARKS)), [1, 2, 4, 8, 20]),
         };
         let bound = self.one_of(&bounds);
@@ -236,6 +248,7 @@ impl Plan {
             retry: None,
             suspension: Suspension::After(dice.one_of(&[0, 1, 100, 5_000])),
             acknowledges: false,
+            ways: Ways::new(&mut dice, plant),
             triggers: Vec::new(),
             requests: Vec::new(),
             hypercalls: Vec::new(),
@@ -244,12 +257,22 @@ impl Plan {
             plant,
             shape: (false, 0, 0),
             calm: false,
+            link_faults: false,
         };
-        plan.add_fault(&mut dice);
-        if dice.0.one_in(6) {
+        let has_links = !plan.ways.links.is_empty();
+        if !has_links || dice.0.one_in(2) {
             plan.add_fault(&mut dice);
+            if dice.0.one_in(6) {
+                plan.add_fault(&mut dice);
+            }
         }
         plan.calm = plan.has_no_faults();
+        if has_links && dice.0.one_in(2) {
+            plan.link_faults = true;
+            for _ in 0..dice.within(1, 3) {
+                plan.add_link_fault(&mut dice);
+            }
+        }
         if !plan.calm && plan.malicious.is_none() && dice.0.one_in(3) {
             plan.retry = Some(dice.one_of(&[0, 10, 1_000, 70_000]));
         }
@@ -259,10 +282,10 @@ impl Plan {
     fn add_fault(&mut self, dice: &mut Dice) {
         match dice.within(0, 99) {
             0..=11 => {}
-            12..=39 => self.add_trigger(dice, kill),
+            12..=39 => self.add_kill(dice),
             40..=45 => {
-                self.add_trigger(dice, kill);
-                self.add_trigger(dice, kill);
+                self.add_kill(dice);
+                self.add_kill(dice);
             }
             46..=51 => {
                 self.add_trigger(dice, |dice| {
@@ -317,9 +340,34 @@ impl Plan {
         }
     }
 
+    fn add_kill(&mut self, dice: &mut Dice) {
+        if self.ways.any() && dice.0.one_in(3) {
+            self.add_trigger(dice, |dice| Act::Kill(dice.one_of(&WORKERS)));
+        } else {
+            self.add_trigger(dice, kill);
+        }
+    }
+
+    /// Something that costs links, and nothing else.
+    fn add_link_fault(&mut self, dice: &mut Dice) {
+        match dice.within(0, 5) {
+            0..=1 => self.ways.add_cut(dice),
+            2..=3 => {
+                let count = self.ways.links.len() as u64 - 1;
+                self.add_trigger(dice, |dice| Act::CutConnection(dice.within(0, count) as u8));
+            }
+            // A worker of the stream takes the stream with it.
+            4 if self.ways.stream_workers == 0 => {
+                self.add_trigger(dice, |_| Act::Kill(Role::SaveWorker));
+            }
+            _ => self.add_trigger(dice, |_| Act::Kill(Role::RestoreWorker)),
+        }
+    }
+
     fn add_trigger(&mut self, dice: &mut Dice, act: impl FnOnce(&mut Dice) -> Act) {
         let act = act(dice);
-        self.triggers.push(dice.moment(act));
+        let moment = dice.moment(act, self.ways.any());
+        self.triggers.push(moment);
     }
 
     /// The two hosts, with the guest on the first.
@@ -422,7 +470,12 @@ impl Plan {
         found
     }
 
-    /// Whether nothing is to go wrong.
+    /// Whether something is to go wrong with links.
+    pub(crate) fn has_link_faults(&self) -> bool {
+        self.link_faults
+    }
+
+    /// Whether nothing is to go wrong but with links.
     pub(crate) fn is_calm(&self) -> bool {
         self.calm
     }

@@ -29,6 +29,11 @@ impl<'a> Process<'a> {
         self.world.borrow_mut()
     }
 
+    /// The world, for those who outlive a call.
+    pub(crate) fn shared_world(&self) -> Rc<RefCell<World>> {
+        self.world.clone()
+    }
+
     pub(crate) fn id(&self) -> ProcId {
         self.id
     }
@@ -54,12 +59,7 @@ impl<'a> Process<'a> {
 
     pub(crate) fn close(&self, pipe: PipeId, end: End) {
         self.step();
-        let mut world = self.world();
-        let ends = &mut world.proc(self.id).ends;
-        if let Some(at) = ends.iter().position(|held| *held == (pipe, end)) {
-            ends.swap_remove(at);
-            world.pipe(pipe).close(end);
-        }
+        self.world().close_end(self.id, (pipe, end));
     }
 
     /// Holds `end` from now on.

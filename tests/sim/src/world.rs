@@ -17,10 +17,11 @@ use rxl_migrate::fake::Rng;
 use rxl_migrate::report::Event;
 use rxl_migrate::xl::Gate;
 
+use crate::door::{Connection, Door};
 use crate::facts::Facts;
 use crate::machine::Machine;
 use crate::pipe::{End, Pipe, PipeId};
-use crate::plan::{Act, Landmark, Plan};
+use crate::plan::Plan;
 use crate::process::{Process, Switch};
 use crate::trace::Trace;
 use crate::{receiver, sender};
@@ -45,8 +46,13 @@ pub(crate) enum Role {
     Receiver,
     RestoreHelper,
     TargetGuard,
+    /// Sends batches for the save helper.
+    SaveWorker,
+    /// Places what comes over a link, for the restore helper.
+    RestoreWorker,
 }
 
+/// Those of every migration.
 pub(crate) const ROLES: [Role; 8] = [
     Role::Sender,
     Role::SaveHelper,
@@ -58,11 +64,16 @@ pub(crate) const ROLES: [Role; 8] = [
     Role::TargetGuard,
 ];
 
+/// Those of a migration that has workers.
+pub(crate) const WORKERS: [Role; 2] = [Role::SaveWorker, Role::RestoreWorker];
+
 impl Role {
     /// Where it runs.
     pub(crate) fn side(self) -> Side {
         match self {
-            Role::Sender | Role::SaveHelper | Role::SourceGuard | Role::Ssh => Side::Source,
+            Role::Sender | Role::SaveHelper | Role::SourceGuard | Role::Ssh | Role::SaveWorker => {
+                Side::Source
+            }
             _ => Side::Target,
         }
     }
@@ -91,6 +102,10 @@ pub(crate) enum Cond {
     /// The domain at the source is suspended.
     Suspended,
     Ended(ProcId),
+    /// Nobody who lives has this turn.
+    Free(usize),
+    /// One of its sockets can be read, or somebody calls at its door.
+    Sockets,
 }
 
 /// Any of these.
@@ -122,7 +137,13 @@ pub(crate) struct Proc {
     pub(crate) aborted: bool,
     /// Whether it ended by itself.
     pub(crate) exited: bool,
-    steps: u32,
+    pub(crate) steps: u32,
+    /// What it waits for with [`Cond::Sockets`].
+    pub(crate) sockets: Vec<PipeId>,
+    /// It dies with this one.
+    dies_with: Option<ProcId>,
+    /// It has been killed, and the kernel has yet to get to it.
+    doomed: bool,
     /// How often it gets the processor, relative to others.
     weight: u64,
 }
@@ -158,6 +179,12 @@ pub(crate) struct World {
     locks: [Vec<ProcId>; 2],
     /// The two directions of the link.
     pub(crate) link: [Option<PipeId>; 2],
+    /// Who writes to a stream that several write.
+    pub(crate) turns: Vec<Option<ProcId>>,
+    /// Where save helpers let links in.
+    pub(crate) doors: Vec<Door>,
+    /// Links that have been opened.
+    pub(crate) connections: Vec<Connection>,
 }
 
 impl World {
@@ -178,6 +205,9 @@ impl World {
             events: Rc::default(),
             locks: [Vec::new(), Vec::new()],
             link: [None; 2],
+            turns: Vec::new(),
+            doors: Vec::new(),
+            connections: Vec::new(),
         }
     }
 
@@ -221,6 +251,9 @@ impl World {
             aborted: false,
             exited: false,
             steps: 0,
+            sockets: Vec::new(),
+            dies_with: None,
+            doomed: false,
             weight,
         });
         self.spawned.push((id, body));
@@ -252,8 +285,39 @@ impl World {
         self.procs.iter().position(|proc| proc.role == role && proc.alive).map(ProcId)
     }
 
+    /// All processes that live.
+    pub(crate) fn alive(&self) -> Vec<ProcId> {
+        (0..self.procs.len()).filter(|index| self.procs[*index].alive).map(ProcId).collect()
+    }
+
+    /// All processes of that role that live.
+    pub(crate) fn all(&self, role: Role) -> Vec<ProcId> {
+        let alive = self.alive().into_iter();
+        alive.filter(|id| self.procs[id.0].role == role).collect()
+    }
+
     pub(crate) fn at(&mut self, time: u64, happening: Happening) {
         self.happenings.push(Reverse((time, happening)));
+    }
+
+    /// From now on `id` dies with `parent`; one whose parent has died before does not.
+    pub(crate) fn die_with(&mut self, id: ProcId, parent: ProcId) {
+        self.procs[id.0].dies_with = Some(parent);
+    }
+
+    /// `id` closes one of its descriptors.
+    pub(crate) fn close_end(&mut self, id: ProcId, end: (PipeId, End)) {
+        let ends = &mut self.procs[id.0].ends;
+        if let Some(at) = ends.iter().position(|held| *held == end) {
+            ends.swap_remove(at);
+            self.pipe(end.0).close(end.1);
+            self.reset_abandoned();
+        }
+    }
+
+    /// SIGKILL, and the kernel gets to it when it likes.
+    pub(crate) fn doom(&mut self, id: ProcId) {
+        self.procs[id.0].doomed = true;
     }
 
     /// SIGKILL, or a signal that a process does not handle.
@@ -275,17 +339,28 @@ impl World {
             Cond::Aborted => self.proc(id).aborted,
             Cond::Suspended => self.machine(Side::Source).guest().is_suspended(),
             Cond::Ended(other) => !self.proc(other).alive,
+            Cond::Free(turn) => self.turns[turn].is_none_or(|holder| !self.proc(holder).alive),
+            Cond::Sockets => self.is_spoken_to(id),
         }
     }
 
     fn can_run(&mut self, index: usize) -> bool {
         let Some(proc) = self.procs.get(index).filter(|proc| proc.alive) else { return false };
-        proc.wait.into_iter().any(|cond| self.holds(ProcId(index), cond))
+        proc.doomed || proc.wait.into_iter().any(|cond| self.holds(ProcId(index), cond))
+    }
+
+    fn is_spoken_to(&mut self, id: ProcId) -> bool {
+        let now = self.now;
+        let called = self.doors.iter().any(|door| door.owner == id && !door.calls.is_empty());
+        called || {
+            let Proc { sockets, .. } = &self.procs[id.0];
+            sockets.iter().any(|pipe| self.pipes[pipe.0].is_readable(now))
+        }
     }
 
     /// Which process goes on; `None`: none can.
     fn choose(&mut self) -> Option<ProcId> {
-        let mut ready = [0_usize; 16];
+        let mut ready = [0_usize; 24];
         let (mut count, mut weights) = (0, 0);
         for index in 0..self.procs.len() {
             if count < ready.len() && self.can_run(index) {
@@ -306,6 +381,13 @@ impl World {
             left -= weight;
         }
         None
+    }
+
+    /// For the reader of a run that does not end.
+    fn say_who_waits(&mut self) {
+        for proc in self.procs.iter().filter(|proc| proc.alive) {
+            self.trace.say(|| format!("{:?} waits for {:?}", proc.role, proc.wait));
+        }
     }
 
     /// The next moment at which something changes by itself.
@@ -341,101 +423,8 @@ impl World {
                 }
             }
         }
-        if self.pipes.iter().any(Pipe::is_due_to_be_cut) {
-            self.cut_link();
-        }
-    }
-
-    /// Both directions go dead; either end sees it some time later.
-    pub(crate) fn cut_link(&mut self) {
-        if self.link == [None; 2] {
-            return;
-        }
-        self.facts.cut = true;
-        self.trace.note("the link", "is cut", 0);
-        let sees = [(); 2].map(|()| self.now + self.rng.below(self.plan.notice_max));
-        let [forward, back] = self.link;
-        if let Some(forward) = forward {
-            self.pipe(forward).cut(sees[1], sees[0]);
-        }
-        if let Some(back) = back {
-            self.pipe(back).cut(sees[0], sees[1]);
-        }
-    }
-
-    /// A moment has come that faults may be planned around.
-    pub(crate) fn landmark(&mut self, landmark: Landmark) {
-        self.trace.note(landmark, "is reached", landmark as u64);
-        let procs = &self.procs;
-        let steps = |role| {
-            let proc = procs.iter().find(|proc: &&Proc| proc.role == role && proc.alive);
-            proc.map_or(0, |proc| proc.steps)
-        };
-        self.plan.reached(landmark, steps);
-    }
-
-    /// Does what the plan has for the moment when a process of `role` has made `steps` steps.
-    fn follow_plan(&mut self, role: Role, steps: u32) {
-        for act in self.plan.due(role, steps) {
-            self.trace.note(act, "is done, as planned", act.number());
-            match act {
-                Act::Kill(victim) => {
-                    if let Some(id) = self.find(victim) {
-                        self.facts.killed(victim);
-                        self.kill(id);
-                    }
-                }
-                Act::Crash(side) => self.crash(side),
-                Act::Cut => self.cut_link(),
-                Act::Signal(victim) => {
-                    if let Some(id) = self.find(victim) {
-                        self.signal(id);
-                    }
-                }
-            }
-        }
-    }
-
-    /// A host dies: its connections do not close, they go dead.
-    fn crash(&mut self, side: Side) {
-        self.cut_link();
-        self.facts.host_down(side);
-        for index in 0..self.procs.len() {
-            if self.procs[index].alive && self.procs[index].role.side() == side {
-                self.kill(ProcId(index));
-            }
-        }
-    }
-
-    /// SIGINT, SIGTERM or SIGHUP to the sender or the receiver, as its thread for signals sees it.
-    fn signal(&mut self, id: ProcId) {
-        let Some(gate) = self.proc(id).gate.clone() else { return };
-        self.facts.signalled(self.procs[id.0].role);
-        gate.cancel();
-        if !gate.is_cancelled() {
-            return;
-        }
-        let proc = self.proc(id);
-        proc.requests += 1;
-        let first = proc.requests == 1;
-        let operation = proc.operation;
-        match operation {
-            Some(Some(helper)) if self.proc(helper).alive => {
-                self.terminate(helper);
-                if !first {
-                    self.proc(id).aborted = true;
-                }
-            }
-            Some(_) if !first => self.proc(id).aborted = true,
-            _ => {}
-        }
-    }
-
-    /// SIGTERM to a save helper, which handles it, or to a restore helper, which does not.
-    pub(crate) fn terminate(&mut self, helper: ProcId) {
-        match self.proc(helper).role {
-            Role::SaveHelper => self.proc(helper).terminated = true,
-            _ => self.kill(helper),
+        if let Some(pipe) = self.pipes.iter().position(Pipe::is_due_to_be_cut) {
+            self.cut_of(PipeId(pipe));
         }
     }
 
@@ -446,6 +435,14 @@ impl World {
         let role = proc.role;
         for (pipe, end) in std::mem::take(&mut proc.ends) {
             self.pipe(pipe).close(end);
+        }
+        self.reset_abandoned();
+        self.doors.retain(|door| door.owner != id);
+        for proc in self.procs.iter_mut().filter(|proc| proc.alive && proc.dies_with == Some(id)) {
+            proc.doomed = true;
+            if exited {
+                self.facts.violated("a helper leaves a worker behind");
+            }
         }
         self.trace.note(role, if exited { "exits" } else { "is killed" }, role as u64);
         if role == Role::Sender
@@ -505,6 +502,9 @@ pub(crate) fn run(world: &Rc<RefCell<World>>, steps_max: u64) -> Ended {
         step(world, &mut coroutines, id);
         bury(world, &mut coroutines);
     }
+    if ended != Ended::Well {
+        world.borrow_mut().say_who_waits();
+    }
     for coroutine in coroutines.iter_mut().filter_map(Option::take) {
         retire(coroutine);
     }
@@ -529,6 +529,9 @@ fn start(world: &Rc<RefCell<World>>, coroutines: &mut Vec<Option<Running>>) {
 fn step(world: &Rc<RefCell<World>>, coroutines: &mut [Option<Running>], id: ProcId) {
     {
         let mut world = world.borrow_mut();
+        if world.proc(id).doomed {
+            return world.kill(id);
+        }
         TERMINATED.set(world.proc(id).terminated);
         // Work takes time.
         world.now += u64::from(world.rng.one_in(4));
@@ -544,7 +547,7 @@ fn step(world: &Rc<RefCell<World>>, coroutines: &mut [Option<Running>], id: Proc
             proc.wait = wait;
             proc.steps += 1;
             let (role, steps) = (proc.role, proc.steps);
-            world.follow_plan(role, steps);
+            world.follow_plan(id, role, steps);
         }
         CoroutineResult::Return(()) => {
             world.end(id, true);
