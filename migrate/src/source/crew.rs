@@ -293,14 +293,14 @@ mod tests {
         fn dismiss(&mut self, _worker: WorkerId) {}
     }
 
-    fn reply(crew: &mut Crew, worker: WorkerId, pages: usize, sent: u64, confirmed: u64) {
+    fn reply(crew: &mut Crew<'_>, worker: WorkerId, pages: usize, sent: u64, confirmed: u64) {
         let done = Ok(Outcome { sent: vec![Pfn(0); pages], ..Outcome::default() });
         let reply = Reply { done, sent, confirmed, counters: None };
         crew.note(News::Reply(worker, reply)).unwrap();
     }
 
     /// A crew of links that have come to their first pass.
-    fn crew(links: u8) -> Crew {
+    fn crew(links: u8) -> Crew<'static> {
         let mut crew = Crew::new(Box::new(Mute));
         for link in 0..links {
             crew.note(News::Joined(link.into(), Some(link))).unwrap();

@@ -15,9 +15,9 @@
 //! *Passes* are counted from 0, one for each set of pages that is sent, also where part of the
 //! last set is sent again. What a link carries after PASS k belongs to pass k, and may be applied
 //! once all passes before k are complete. Pass k is complete when PASS_END k has been read, which
-//! names the links that took part, and each of them has come to a later pass or is lost. The records
-//! that are confirmed are those of page data and of passes: the sender is done when the receiver
-//! needs nothing of a link any more.
+//! names the links that took part, and each of them has come to a later pass or is lost. The
+//! records that are confirmed are those of page data and of passes: the sender is done when the
+//! receiver needs nothing of a link any more.
 //!
 //! What it is not: who opens connections (`toolstack`), or what follows from a loss
 //! ([`crate::source`]). Nobody else's format: both ends are rxl's.

@@ -118,6 +118,7 @@ where
         placer: Placer::new(domain),
         reader: Reader::new(input),
         memory: Asked { owner, frames: Vec::new() },
+        let_in: false,
         records: 0,
     };
     loop {
@@ -138,6 +139,8 @@ struct Worker<'a, 'b, D: TargetDomain, I, O> {
     placer: Placer<'a, D>,
     reader: Reader<'b, I, D::Pages>,
     memory: Asked<'b, O>,
+    /// Whether it has been let into a pass.
+    let_in: bool,
     /// Records applied.
     records: u64,
 }
@@ -154,12 +157,19 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
         let header = RecordHeader::parse(header)?;
         match header.kind {
             ReadKind::Known(RecordKind::PageData) => {
+                if !self.let_in {
+                    let why = "comes over a link before its first pass";
+                    return Err(
+                        FormatError::Order { kind: RecordKind::PageData.code(), why }.into()
+                    );
+                }
                 self.placer.receive(&mut self.reader, &mut self.memory, header.length)?;
                 self.confirm()?;
             }
             ReadKind::Known(RecordKind::RxlPass) if header.length == 8 => {
                 let pass = link::parse_pass(&self.reader.array::<8>(LINK)?)?;
                 self.memory.ask(&Ask::Pass(pass))?;
+                self.let_in = true;
                 self.confirm()?;
             }
             ReadKind::Known(kind) => {

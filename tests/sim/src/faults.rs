@@ -1,4 +1,5 @@
-//! What goes wrong, done to the world: processes killed, hosts that crash, connections cut, signals.
+//! What goes wrong, done to the world: processes killed, hosts that crash, connections cut,
+//! signals.
 
 use crate::door::Connection;
 use crate::pipe::{End, PipeId};
