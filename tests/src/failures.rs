@@ -46,11 +46,11 @@ impl Moment {
 type Blow = (&'static str, bool, &'static str);
 
 const BLOWS: [Blow; 8] = [
-    ("a worker of the sender is killed", true, "pkill -9 -n -f -- --save-worker"),
-    ("all workers of the sender are killed", true, "pkill -9 -f -- --save-worker"),
-    ("a worker of the receiver is killed", false, "pkill -9 -n -f -- --restore-worker"),
-    ("all workers of the receiver are killed", false, "pkill -9 -f -- --restore-worker"),
-    ("a worker of the receiver hangs", false, "pkill -STOP -n -f -- --restore-worker"),
+    ("a worker of the sender is killed", true, "pkill -9 -n -f '[-]-save-worker'"),
+    ("all workers of the sender are killed", true, "pkill -9 -f '[-]-save-worker'"),
+    ("a worker of the receiver is killed", false, "pkill -9 -n -f '[-]-restore-worker'"),
+    ("all workers of the receiver are killed", false, "pkill -9 -f '[-]-restore-worker'"),
+    ("a worker of the receiver hangs", false, "pkill -STOP -n -f '[-]-restore-worker'"),
     ("a NIC of the source goes down", true, "ip link set eth1 down"),
     ("a NIC of the target goes down", false, "ip link set eth2 down"),
     ("all NICs but one go down", false, "for n in 1 2 3; do ip link set eth$n down; done"),
@@ -104,7 +104,7 @@ fn survives(session: &Session, spec: &GuestSpec, moment: Moment, blow: Blow) -> 
     // There may be nobody left to kill.
     let strike = waited.and_then(|()| struck.run(&format!("{command} || true")));
     let finished = migration.finish(MIGRATION_TIMEOUT);
-    struck.run(&format!("{REPAIR}; pkill -CONT -f -- --restore-worker || true"))?;
+    struck.run(&format!("{REPAIR}; pkill -CONT -f '[-]-restore-worker' || true"))?;
     strike?;
     let finished = finished?;
     ensure!(finished.status.success(), "{}", describe(&finished));
@@ -140,7 +140,7 @@ fn wait_for(
         return from.run_within(&watch, MIGRATION_TIMEOUT).map(|_| ());
     }
     let (host, count, enough) = match moment {
-        Moment::Early => (from, "pgrep -f -- --save-worker | wc -l".to_owned(), u64::from(NICS)),
+        Moment::Early => (from, "pgrep -f '[-]-save-worker' | wc -l".to_owned(), u64::from(NICS)),
         _ => (
             to,
             format!("xl list {guest}--incoming 2>/dev/null | awk 'NR == 2 {{ print $3 }}'"),
