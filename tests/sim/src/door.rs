@@ -22,6 +22,8 @@ const HELLO_TIME: u64 = 5_000;
 pub(crate) struct Door {
     pub(crate) owner: ProcId,
     port: u16,
+    /// What is offered there.
+    pub(crate) offer: Offer,
     /// Those that have called and have not been heard: where to write to, where to read from.
     pub(crate) calls: VecDeque<(PipeId, PipeId)>,
 }
@@ -75,13 +77,21 @@ struct Pending {
 impl<'a, 'b> Doorman<'a, 'b> {
     /// Opens a door for `links` links.
     pub(crate) fn open(process: &'a Process<'b>, links: u8) -> Doorman<'a, 'b> {
-        let mut world = process.world();
-        let port = 4_000 + world.doors.len() as u16;
-        let secret = world.rng.bytes(32).try_into().unwrap_or([0; 32]);
-        let door = Door { owner: process.id(), port, calls: VecDeque::new() };
-        world.doors.push(door);
+        let (port, secret) = {
+            let mut world = process.world();
+            let secret = world.rng.bytes(32).try_into().unwrap_or([0; 32]);
+            // Not one that an earlier helper had.
+            (4_000 + world.procs.len() as u16, secret)
+        };
         let address = SocketAddr::from(([192, 0, 2, 1], port));
-        let offer = Offer::new(links, Secret::new(secret), vec![address]);
+        Doorman::at(process, Offer::new(links, Secret::new(secret), vec![address]), port)
+    }
+
+    /// Opens the door `port` for what `offer` says.
+    pub(crate) fn at(process: &'a Process<'b>, offer: Offer, port: u16) -> Doorman<'a, 'b> {
+        let calls = VecDeque::new();
+        let door = Door { owner: process.id(), port, offer: offer.clone(), calls };
+        process.world().doors.push(door);
         Doorman { process, offer, port, pending: Vec::new(), taken: LinkSet::default() }
     }
 

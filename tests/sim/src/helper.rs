@@ -15,8 +15,11 @@ use rxl_migrate::hypervisor::{
 };
 use rxl_migrate::report::Event;
 use rxl_migrate::source::workers::{Confirmed, Workers};
+use rxl_migrate::stream::libxc::RecordKind;
+use rxl_migrate::target::links::Links;
 use rxl_migrate::{source, target};
 
+use crate::liar::{LyingLinks, LyingWorkers};
 use crate::link::piece_of;
 use crate::machine::WIRING;
 use crate::pipe::PipeId;
@@ -51,7 +54,10 @@ pub(crate) fn save(
     let workers = Pool::start(process, &domain, stream);
     let turn = workers.as_ref().map(Pool::turn);
     let mut out = Out { process, stream, reorder, turn };
-    let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers + '_>);
+    let workers = workers.map(|pool| match plant {
+        Some(plant) => Box::new(LyingWorkers::new(pool, plant)) as Box<dyn Workers + '_>,
+        None => Box::new(pool),
+    });
     let domain = Stepped::new(process, domain);
     let saved = source::save_with(&domain, &mut out, &mut channel, workers, &options);
     if let Err(error) = &saved {
@@ -91,9 +97,15 @@ pub(crate) fn restore(
     let messages = File { process, pipe: messages };
     let mut channel =
         HelperChannel::new(replies, messages, domain.domid(), RESTORE_CALLBACKS, terminated);
-    let links = Box::new(Openers::new(process, &domain, stream));
+    let links = Openers::new(process, &domain, stream);
+    let plant = process.world().plan.plant;
+    let links: Box<dyn Links + '_> = match plant {
+        Some(plant) => Box::new(LyingLinks::new(links, plant)),
+        None => Box::new(links),
+    };
     let domain = Stepped::new(process, domain);
-    let mut input = In { process, stream };
+    let forgets_links = plant == Some(Plant::LinkPartNotAwaited);
+    let mut input = In { process, stream, forgets_links, at_pass_end: false };
     let restored = target::restore_with(&domain, &mut input, &mut channel, Some(links), &WIRING);
     if let Err(error) = &restored {
         process.world().trace.say(|| format!("the restore fails: {}", error.chain()));
@@ -129,7 +141,10 @@ impl<'a, 'b> Out<'a, 'b> {
         let Some(turn) = self.turn else { return write(self) };
         turn.take(self.process)?;
         let written = write(self);
-        turn.give(self.process);
+        let kept = self.process.world().plan.plant == Some(Plant::TurnKept) && written.is_err();
+        if !kept {
+            turn.give(self.process);
+        }
         written
     }
 
@@ -200,11 +215,20 @@ impl Confirmed for Out<'_, '_> {
 struct In<'a, 'b> {
     process: &'a Process<'b>,
     stream: PipeId,
+    /// No link takes part in a pass: a mistake that is planted.
+    forgets_links: bool,
+    at_pass_end: bool,
 }
 
 impl StreamIn<FakePages> for In<'_, '_> {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        io::Read::read_exact(&mut File { process: self.process, pipe: self.stream }, buf)
+        io::Read::read_exact(&mut File { process: self.process, pipe: self.stream }, buf)?;
+        if let ([_, _, _, _, _, _, _, _, links @ ..], true) = (&mut *buf, self.at_pass_end) {
+            links.fill(0);
+        }
+        let header = [&RecordKind::RxlPassEnd.code().to_le_bytes(), &[16, 0, 0, 0][..]].concat();
+        self.at_pass_end = self.forgets_links && *buf == header[..];
+        Ok(())
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {

@@ -7,6 +7,7 @@ use rxl_migrate::xl::handshake::Message;
 use rxl_migrate::xl::header::Header;
 
 use crate::libxl::{END, HEAD};
+use crate::peer_links;
 use crate::pipe::{End, PipeId};
 use crate::process::Process;
 use crate::sender::start_transport;
@@ -17,6 +18,7 @@ const MESSAGES: [Message; 5] =
 
 /// One that plays the receiver.
 pub(crate) fn receive(process: &Process<'_>, input: PipeId, output: PipeId) {
+    peer_links::receive(process);
     let mut peer = Peer::new(process, input, output);
     // A good conversation, but each part may be something else.
     let _ = peer.say(Message::Banner)
@@ -48,18 +50,27 @@ fn stream(process: &Process<'_>, rng: &mut Rng) -> Vec<u8> {
         let mut world = process.world();
         (world.machine(Side::Source).guest().clone(), world.plan.config())
     };
-    let mut wire = Wire::default();
-    let options = source::Options { live: false, verify: rng.one_in(4) };
-    let _ = source::save(&guest, &mut wire, &mut FakeToolstack::new(&guest), &options);
+    let links = process.world().plan.ways.links.len() as u8;
+    let stream = if links > 0 {
+        let mut lies = peer_links::make_up(&guest, links, rng);
+        lies.tell(process);
+        lies.stream
+    } else {
+        let mut wire = Wire::default();
+        let options = source::Options { live: false, verify: rng.one_in(4) };
+        let _ = source::save(&guest, &mut wire, &mut FakeToolstack::new(&guest), &options);
+        wire.bytes
+    };
     let header = Header::new(&config).map(|header| header.to_bytes()).unwrap_or_default();
-    let mut bytes = [&header[..], &HEAD, &wire.bytes, &END].concat();
-    for _ in 0..rng.below(4) {
+    let mut bytes = [&header[..], &HEAD, &stream, &END].concat();
+    // Links have their own.
+    for _ in 0..rng.below(if links > 0 { 2 } else { 4 }) {
         damage(&mut bytes, rng);
     }
     bytes
 }
 
-fn damage(bytes: &mut Vec<u8>, rng: &mut Rng) {
+pub(crate) fn damage(bytes: &mut Vec<u8>, rng: &mut Rng) {
     if bytes.is_empty() {
         return;
     }

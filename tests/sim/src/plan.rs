@@ -266,6 +266,9 @@ impl Plan {
                 plan.add_fault(&mut dice);
             }
         }
+        if has_links && dice.0.one_in(16) {
+            plan.malicious = Some(dice.one_of(&[Side::Source, Side::Target]));
+        }
         plan.calm = plan.has_no_faults();
         if has_links && dice.0.one_in(2) {
             plan.link_faults = true;

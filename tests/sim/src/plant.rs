@@ -36,10 +36,22 @@ pub enum Plant {
     LockIgnored,
     /// A mapping of guest memory outlives its batch, and its process.
     MappingLeaks,
+    /// The receiver lets a link into a pass before the earlier ones are complete.
+    PassAppliedEarly,
+    /// The receiver does not wait for what links have of a pass.
+    LinkPartNotAwaited,
+    /// The sender takes for confirmed what a link has sent.
+    LostPagesForgotten,
+    /// The sender goes on to the state records without waiting for confirmations.
+    ConfirmationsNotAwaited,
+    /// A link that has nothing to send is not watched.
+    IdleLinkUnwatched,
+    /// Who fails or dies while it writes to a shared stream keeps its turn.
+    TurnKept,
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 13] = [
+pub const PLANTS: [Plant; 19] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -53,6 +65,12 @@ pub const PLANTS: [Plant; 13] = [
     Plant::LogDirtyStaysOn,
     Plant::LockIgnored,
     Plant::MappingLeaks,
+    Plant::PassAppliedEarly,
+    Plant::LinkPartNotAwaited,
+    Plant::LostPagesForgotten,
+    Plant::ConfirmationsNotAwaited,
+    Plant::IdleLinkUnwatched,
+    Plant::TurnKept,
 ];
 
 /// Lets the last page data of a pass arrive after the first of the next, as it could if they came

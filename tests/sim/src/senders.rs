@@ -14,6 +14,7 @@ use crate::door::Doorman;
 use crate::helper::{Out, Stepped};
 use crate::link::{SendingLink, Watch};
 use crate::pipe::{End, PipeId};
+use crate::plant::Plant;
 use crate::process::Process;
 use crate::worker::{Socket, Worker};
 use crate::world::{Cond, Role};
@@ -135,7 +136,9 @@ impl<'a, 'b> Pool<'a, 'b> {
             let ends = [(there, End::Write), (back, End::Read)];
             let worker = Worker::start(self.process, Role::SaveWorker, &ends, move |p, socket| {
                 let link = SendingLink::new(p, there, back);
-                let employed = Employed { process: p, socket, watch: Some(link.watch()) };
+                let unwatched = p.world().plan.plant == Some(Plant::IdleLinkUnwatched);
+                let watch = (!unwatched).then(|| link.watch());
+                let employed = Employed { process: p, socket, watch };
                 serve(domain, link, employed);
             });
             ends.into_iter().for_each(|(pipe, end)| self.process.close(pipe, end));

@@ -22,6 +22,7 @@ use crate::facts::Facts;
 use crate::machine::Machine;
 use crate::pipe::{End, Pipe, PipeId};
 use crate::plan::Plan;
+use crate::plant::Plant;
 use crate::process::{Process, Switch};
 use crate::trace::Trace;
 use crate::{receiver, sender};
@@ -339,7 +340,9 @@ impl World {
             Cond::Aborted => self.proc(id).aborted,
             Cond::Suspended => self.machine(Side::Source).guest().is_suspended(),
             Cond::Ended(other) => !self.proc(other).alive,
-            Cond::Free(turn) => self.turns[turn].is_none_or(|holder| !self.proc(holder).alive),
+            Cond::Free(turn) => self.turns[turn].is_none_or(|holder| {
+                self.plan.plant != Some(Plant::TurnKept) && !self.proc(holder).alive
+            }),
             Cond::Sockets => self.is_spoken_to(id),
         }
     }
