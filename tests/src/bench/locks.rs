@@ -3,6 +3,7 @@
 //! (`include/trace/events/mmap_lock.h` of Linux).
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use rxl_lab::Host;
@@ -24,28 +25,34 @@ pub struct Locks {
     pub held_ms: f64,
 }
 
-/// Lets the kernel count from now on.
+/// Makes the kernel ready to count. The tracepoints stay on, and only the trace is stopped between
+/// counts: switching tracepoints patches the running kernel, during which all processors wait for
+/// each other, and an emulated host with two of them has hung in it.
 ///
 /// # Errors
 /// The kernel has no such tracepoints.
-pub fn start(host: &Host) -> Result<()> {
+pub fn prepare(host: &Host) -> Result<()> {
     host.run(&format!(
         "mountpoint -q {TRACING} || mount -t tracefs tracefs {TRACING}\n\
-         cd {TRACING} && echo mono > trace_clock && echo {BUFFER_KIB} > buffer_size_kb && \
-         echo > trace && echo 1 > events/mmap_lock/enable"
+         cd {TRACING} && echo 0 > tracing_on && echo mono > trace_clock && \
+         echo {BUFFER_KIB} > buffer_size_kb && echo 1 > events/mmap_lock/enable"
     ))
     .map(drop)
 }
 
-/// Ends the counting; gives what `program` did between its marks.
+/// Runs `command`, which starts `program`, and gives what that did between its marks.
 ///
 /// # Errors
-/// The trace cannot be read, or is not complete.
-pub fn finish(host: &Host, program: &str) -> Result<Locks> {
-    let trace = host.run(&format!(
-        "cd {TRACING} && echo 0 > events/mmap_lock/enable && \
-         grep -E '^ *{program}-|LOST' trace; echo > trace; echo 4 > buffer_size_kb"
-    ))?;
+/// The command fails, or the trace cannot be read or is not complete.
+pub fn during(host: &Host, program: &str, command: &str, timeout: Duration) -> Result<Locks> {
+    let trace = host.run_within(
+        &format!(
+            "cd {TRACING} && echo > trace && echo 1 > tracing_on; \
+             {command} > /dev/null; done=$?; echo 0 > tracing_on; \
+             [ $done = 0 ] && grep -E '^ *{program}-|LOST' trace"
+        ),
+        timeout,
+    )?;
     count(&trace)
 }
 

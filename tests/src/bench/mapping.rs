@@ -5,14 +5,14 @@
 //! nothing to do here, and would take its share of the processors.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use rxl_lab::{GuestKind, Host, Shape};
+use rxl_lab::{GuestKind, Host, Load, Shape};
 use serde::{Deserialize, Serialize};
 
-use super::{locks, print, rounded};
+use super::{locks, print, rounded, traps};
 use crate::lab::{Session, spec};
 
 /// The name of the program, and of its threads in the kernel's trace.
@@ -22,6 +22,9 @@ const PROGRAM: &str = "mapping";
 const FRAMES_FILE: &str = "/run/rxl-mapping-frames";
 
 const RUN_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// How often a run maps all of the guest: once takes some 200 ms.
+const PASSES: u32 = 3;
 
 /// Pages of a mapping where their number is not what is compared.
 const BATCH_PAGES: u32 = 1024;
@@ -83,6 +86,19 @@ struct Figure {
     lock_acquisitions: u64,
     lock_wait_ms: f64,
     lock_held_ms: f64,
+    /// Hypercalls that changed page tables; counted for one worker that copies nothing.
+    hypercalls_per_1000_pages: Option<f64>,
+    /// Writes to page tables that Xen had to do for the kernel, each a trap.
+    traps_per_1000_pages: Option<f64>,
+    /// Share of the time in which a processor of the host had work, but this machine none free.
+    cpu_waited: f64,
+}
+
+/// What the kernel and Xen counted in runs of their own.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    locks: locks::Locks,
+    traps: Option<traps::PerPage>,
 }
 
 /// Measures everything, a PVH and a PV guest after each other.
@@ -92,11 +108,11 @@ struct Figure {
 pub fn run(options: Options) -> Result<()> {
     let session = Session::open_shaped(Shape { hosts: 1, vcpus: 2, ..Shape::default() })?;
     let program = session.lab().push_example("rxl-toolstack", PROGRAM)?;
-    let vcpus = session.lab().shape().vcpus;
+    locks::prepare(session.host(1)?)?;
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
         let guest = format!("bench-{kind}");
         session.start_spec(&spec(&guest, kind))?;
-        let subject = Subject::new(&session, &program, &guest, kind, vcpus)?;
+        let subject = Subject::new(&session, &program, &guest, kind)?;
         subject.measure(options).with_context(|| format!("The memory of {guest}"))?;
         session.remove(&guest)?;
     }
@@ -105,11 +121,11 @@ pub fn run(options: Options) -> Result<()> {
 
 /// The guest whose memory is mapped.
 struct Subject<'a> {
+    session: &'a Session,
     host: &'a Host,
     program: &'a str,
     domid: String,
     kind: GuestKind,
-    vcpus: u8,
 }
 
 impl<'a> Subject<'a> {
@@ -119,45 +135,68 @@ impl<'a> Subject<'a> {
         program: &'a str,
         guest: &str,
         kind: GuestKind,
-        vcpus: u8,
     ) -> Result<Subject<'a>> {
         let host = session.host(1)?;
         let domid = host.run(&format!("xl pause {guest} && xl domid {guest}"))?.trim().to_owned();
         host.run_within(&format!("{program} frames {domid} {FRAMES_FILE}"), RUN_TIMEOUT)?;
-        Ok(Subject { host, program, domid, kind, vcpus })
+        Ok(Subject { session, host, program, domid, kind })
     }
 
-    /// One counted run of each case, then rounds over all of them, so that whatever else the
-    /// machine does meanwhile is spread over the cases.
+    /// Counts for each case first; then rounds over all of them, so that whatever else the machine
+    /// does meanwhile is spread over the cases.
     fn measure(&self, options: Options) -> Result<()> {
         let mut counted = Vec::new();
         for case in cases() {
-            locks::start(self.host)?;
-            let outcome = self.outcome(case);
-            let locks = locks::finish(self.host, PROGRAM);
-            outcome?;
-            counted.push((case, locks.with_context(|| format!("{case:?}"))?));
+            let count = self.count(case).with_context(|| format!("Counting for {case:?}"))?;
+            counted.push((case, count));
         }
         for _ in 0..options.runs {
-            for (case, locks) in &counted {
-                print(&self.figure(*case, *locks, &self.outcome(*case)?), options.json)?;
+            for (case, count) in &counted {
+                print(&self.timed(*case, *count)?, options.json)?;
             }
         }
         Ok(())
     }
 
-    fn outcome(&self, case: Case) -> Result<Outcome> {
-        let Case { backend, work, workers, batch } = case;
-        let command = format!(
-            "{} run {} {FRAMES_FILE} {backend} {workers} {work} {batch} 1",
-            self.program, self.domid
-        );
-        let line = self.host.run_within(&command, RUN_TIMEOUT)?;
-        serde_json::from_str(&line).with_context(|| format!("`{command}` says `{line}`"))
+    fn count(&self, case: Case) -> Result<Counted> {
+        let command = self.command(case, PASSES);
+        let locks = locks::during(self.host, PROGRAM, &command, RUN_TIMEOUT)?;
+        // A worker traps as often with others beside it, and whatever it does with the pages.
+        let traps =
+            if case.workers == 1 && matches!((case.backend, case.work), ("keep", _) | (_, "map")) {
+                let [once, thrice] = [1, 3].map(|passes| self.command(case, passes));
+                Some(traps::per_page(self.host, self.program, FRAMES_FILE, &once, &thrice)?)
+            } else {
+                None
+            };
+        Ok(Counted { locks, traps })
     }
 
-    fn figure(&self, case: Case, locks: locks::Locks, outcome: &Outcome) -> Figure {
+    fn command(&self, case: Case, passes: u32) -> String {
+        let Case { backend, work, workers, batch } = case;
+        let Subject { program, domid, .. } = self;
+        format!("{program} run {domid} {FRAMES_FILE} {backend} {workers} {work} {batch} {passes}")
+    }
+
+    fn timed(&self, case: Case, counted: Counted) -> Result<Figure> {
+        let command = self.command(case, PASSES);
+        let (before, start) = (self.load()?, Instant::now());
+        let line = self.host.run_within(&command, RUN_TIMEOUT)?;
+        let waited = (self.load()? - before).waited.as_secs_f64() / start.elapsed().as_secs_f64();
+        let outcome: Outcome =
+            serde_json::from_str(&line).with_context(|| format!("`{command}` says `{line}`"))?;
+        Ok(self.figure(case, counted, &outcome, waited))
+    }
+
+    fn load(&self) -> Result<Load> {
+        let loads = self.session.lab().loads()?;
+        loads.first().copied().context("The lab has no host")
+    }
+
+    fn figure(&self, case: Case, counted: Counted, outcome: &Outcome, waited: f64) -> Figure {
         let seconds = outcome.elapsed_ms / 1e3;
+        let vcpus = self.session.lab().shape().vcpus;
+        let Counted { locks, traps } = counted;
         Figure {
             bench: "mapping",
             backend: match case.backend {
@@ -166,7 +205,7 @@ impl<'a> Subject<'a> {
             },
             kind: self.kind.to_string(),
             workers: case.workers,
-            vcpus: self.vcpus,
+            vcpus,
             work: if case.work == "copy" { "map+copy+unmap" } else { "map+unmap" }.to_owned(),
             batch: case.batch,
             pages: outcome.pages,
@@ -178,6 +217,9 @@ impl<'a> Subject<'a> {
             lock_acquisitions: locks.acquisitions,
             lock_wait_ms: rounded(locks.wait_ms),
             lock_held_ms: rounded(locks.held_ms),
+            hypercalls_per_1000_pages: traps.map(|traps| rounded(traps.hypercalls * 1e3)),
+            traps_per_1000_pages: traps.map(|traps| rounded(traps.traps * 1e3)),
+            cpu_waited: rounded(waited * 100.0 / f64::from(vcpus)) / 100.0,
         }
     }
 }

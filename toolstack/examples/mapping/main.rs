@@ -4,6 +4,7 @@
 //! ```text
 //! mapping frames DOMID FILE           # finds the domain's frames, once
 //! mapping run DOMID FILE BACKEND WORKERS WORK BATCH PASSES
+//! mapping traps FILE                  # counts what changed page tables in a trace of Xen
 //! ```
 //!
 //! A run prints one line of JSON ([`Outcome`]). `BACKEND` is a [`Backend`], `WORK` a [`Work`],
@@ -11,6 +12,7 @@
 //! and after the measured time is marked in the kernel's trace, so that events can be counted.
 
 mod plan;
+mod traps;
 mod worker;
 
 use std::error::Error;
@@ -25,7 +27,7 @@ use std::time::{Duration, Instant};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{BATCH_PAGES_MAX, Domain, ForeignPages, SourceDomain};
 use rxl_toolstack::xc::LiveDomain;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::plan::{Backend, Plan};
 use crate::worker::{Spent, Worker};
@@ -53,9 +55,10 @@ fn main() -> Result<()> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["frames", domid, file] => find_frames(domid.parse()?, Path::new(file)),
+        ["traps", file] => traps::print(Path::new(file)),
         ["run", plan @ ..] => run(&Plan::parse(plan)?),
         ["worker", index, plan @ ..] => worker::as_process(&Plan::parse(plan)?, index.parse()?),
-        _ => Err("usage: mapping frames DOMID FILE | mapping run DOMID FILE BACKEND …".into()),
+        _ => Err("usage: mapping frames DOMID FILE, mapping run …, mapping traps FILE".into()),
     }
 }
 
@@ -90,6 +93,10 @@ fn run(plan: &Plan) -> Result<()> {
         "copy_ms": ms(outcome.spent.copy),
         "unmap_ms": ms(outcome.spent.unmap),
     });
+    print(&line)
+}
+
+fn print(line: &Value) -> Result<()> {
     writeln!(std::io::stdout(), "{line}")?;
     Ok(())
 }
