@@ -260,14 +260,23 @@ fn find_terminal(name: &str) -> String {
     )
 }
 
-/// Waits for the guest's word that it is ready, or that it failed.
+/// Waits for the guest's word that it is ready, or that it failed. A domain that ends before it can
+/// say anything is asked for now and then: the emulator makes a guest fault once in a while.
 fn await_ready(spec: &GuestSpec) -> String {
     let words = "rxl-guest: (ready|failed.*)";
     let wait = match spec.kind {
         // Xen's console daemon keeps a log of it.
         GuestKind::Pv | GuestKind::Pvh => {
             let log = console_log(&spec.name);
-            format!("until said=$(grep -aEo -m1 '{words}' {log}); do sleep 0.2; done\n")
+            format!(
+                "tries=0\n\
+                 until said=$(grep -aEo -m1 '{words}' {log}); do\n\
+                   sleep 0.2; tries=$((tries + 1))\n\
+                   [ $((tries % 20)) -ne 0 ] || xl domid {} > /dev/null 2>&1 || \
+                   {{ echo 'the domain has ended' >&2; exit 1; }}\n\
+                 done\n",
+                spec.name
+            )
         }
         GuestKind::Hvm => format!(
             "{}said=$(grep -aEo -m1 --line-buffered '{words}' < \"$tty\")\n",
@@ -330,6 +339,8 @@ impl FromStr for Content {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -352,6 +363,16 @@ mod tests {
         assert!(config.contains("console=ttyS0"));
         assert!(config.contains("rxl.working_set=8 rxl.no_suspend=1\""));
         assert!(config.contains("serial = \"pty\""));
+    }
+
+    #[test]
+    fn test_await_ready_domain_that_ended_is_no_wait() {
+        // The log and the domain are nowhere; `xl` fails or is not there at all.
+        let spec = GuestSpec::new("rxl-lab-no-such-guest", GuestKind::Pv, 128);
+        let mut command = Command::new("timeout");
+        let output = command.args(["60", "sh", "-c", &await_ready(&spec)]).output().expect("sh");
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("the domain has ended"));
     }
 
     #[test]

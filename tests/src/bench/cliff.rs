@@ -9,7 +9,7 @@ use rxl_lab::{GuestKind, Shape};
 use serde::Serialize;
 
 use super::link::{Move, Mover, guest, move_over};
-use super::{print, rounded};
+use super::{print, rounded, start};
 use crate::lab::Session;
 
 /// What the guest writes, in parts of one NIC's rate.
@@ -68,7 +68,7 @@ pub fn run(options: Options) -> Result<()> {
     for dirty_ratio in RATIOS {
         let name = "bench-cliff";
         let dirty_mbit = f64::from(options.rate) * dirty_ratio;
-        session.start_spec(&guest(name, kind, options.mem, dirty_mbit))?;
+        start(&session, &guest(name, kind, options.mem, dirty_mbit))?;
         for _ in 0..options.runs {
             pair(&session, name, kind, dirty_ratio, options)?;
         }

@@ -12,7 +12,7 @@ use clap::Args;
 use rxl_lab::{GuestKind, Host, Load, Shape};
 use serde::{Deserialize, Serialize};
 
-use super::{locks, print, rounded, traps};
+use super::{locks, print, rounded, start, traps};
 use crate::lab::{Session, spec};
 
 /// The name of the program, and of its threads in the kernel's trace.
@@ -111,7 +111,7 @@ pub fn run(options: Options) -> Result<()> {
     locks::prepare(session.host(1)?)?;
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
         let guest = format!("bench-{kind}");
-        session.start_spec(&spec(&guest, kind))?;
+        start(&session, &spec(&guest, kind))?;
         let subject = Subject::new(&session, &program, &guest, kind)?;
         subject.measure(options).with_context(|| format!("The memory of {guest}"))?;
         session.remove(&guest)?;
@@ -236,10 +236,10 @@ fn cases() -> Vec<Case> {
                 }
             }
         }
-        for (backend, workers) in [("process", 1), ("process", 2), ("thread", 2)] {
-            for batch in [256, 4096] {
-                cases.push(Case { backend, work, workers, batch });
-            }
+    }
+    for (backend, workers) in [("process", 1), ("process", 2), ("thread", 2)] {
+        for batch in [256, 4096] {
+            cases.push(Case { backend, work: "map", workers, batch });
         }
     }
     cases

@@ -6,7 +6,10 @@
 use std::io::{self, Write};
 
 use anyhow::{Context, Result};
+use rxl_lab::GuestSpec;
 use serde::Serialize;
+
+use crate::lab::Session;
 
 pub mod cliff;
 pub mod link;
@@ -26,6 +29,18 @@ pub fn print<T: Serialize + std::fmt::Display>(figure: &T, json: bool) -> Result
         println!("{figure}");
     }
     io::stdout().flush().context("Cannot write to standard output")
+}
+
+/// Starts a guest. One that ends while it boots is started again: the emulator makes that happen
+/// once in a while, and a benchmark is too long to lose for it.
+///
+/// # Errors
+/// It does not start.
+pub fn start(session: &Session, spec: &GuestSpec) -> Result<()> {
+    session.start_spec(spec).or_else(|error| {
+        eprintln!("tests/bench: again: {error:#}");
+        session.start_spec(spec)
+    })
 }
 
 /// The middle one of `values`; of an even number, the lower of the two in the middle.

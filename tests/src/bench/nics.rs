@@ -9,7 +9,7 @@ use rxl_lab::{GuestKind, Shape};
 use serde::Serialize;
 
 use super::link::{Move, Mover, guest, move_over};
-use super::{median, print, rounded};
+use super::{median, print, rounded, start};
 use crate::lab::Session;
 
 /// Numbers of NICs that are compared.
@@ -61,7 +61,7 @@ pub fn run(options: Options) -> Result<()> {
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
         for (workload, dirty_mbit) in [("idle", 0.0), ("dirty", dirty_mbit)] {
             let name = format!("bench-{kind}");
-            session.start_spec(&guest(&name, kind, options.mem, dirty_mbit))?;
+            start(&session, &guest(&name, kind, options.mem, dirty_mbit))?;
             measure(&session, &name, kind, workload, options)?;
             session.remove(&name)?;
         }
