@@ -12,14 +12,11 @@ use super::link::{Move, Mover, guest, move_over};
 use super::{print, rounded, start};
 use crate::lab::Session;
 
-/// What the guest writes, in parts of one NIC's rate.
-const RATIOS: [f64; 4] = [0.5, 1.0, 2.0, 3.0];
-
 /// NICs that rxl uses.
 const NICS: u8 = 4;
 
 /// What is asked for.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Options {
     /// Print a line of JSON for each run
     #[arg(long)]
@@ -33,6 +30,12 @@ pub struct Options {
     /// Memory of the guest in MiB
     #[arg(long, default_value_t = 256)]
     mem: u32,
+    /// pv or pvh
+    #[arg(long = "type", default_value = "pvh")]
+    kind: GuestKind,
+    /// What the guest writes, in parts of one NIC's rate; more than one with commas
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5, 1.0, 2.0, 3.0])]
+    ratios: Vec<f64>,
 }
 
 /// One run.
@@ -57,17 +60,18 @@ struct Ratio {
     bytes_ratio: f64,
 }
 
-/// Measures a PVH guest at each rate.
+/// Measures a guest at each rate.
 ///
 /// # Errors
 /// Whatever keeps the lab or a migration from its end.
-pub fn run(options: Options) -> Result<()> {
+pub fn run(options: &Options) -> Result<()> {
     let session = Session::open_shaped(Shape { nics: NICS, ..Shape::default() })?;
     session.lab().push_rxl()?;
-    let kind = GuestKind::Pvh;
-    for dirty_ratio in RATIOS {
+    let kind = options.kind;
+    for &dirty_ratio in &options.ratios {
         let name = "bench-cliff";
         let dirty_mbit = f64::from(options.rate) * dirty_ratio;
+        session.lab().set_nic_rates(&[])?;
         start(&session, &guest(name, kind, options.mem, dirty_mbit))?;
         for _ in 0..options.runs {
             pair(&session, name, kind, dirty_ratio, options)?;
@@ -82,9 +86,9 @@ fn pair(
     name: &str,
     kind: GuestKind,
     dirty_ratio: f64,
-    options: Options,
+    options: &Options,
 ) -> Result<()> {
-    let Options { rate, json, .. } = options;
+    let Options { rate, json, .. } = *options;
     let one = |mover, nics| {
         let run = move_over(session, name, kind, mover, &vec![rate; usize::from(nics)])?;
         let figure = Figure { bench: "cliff", dirty_ratio, run };

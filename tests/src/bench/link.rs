@@ -15,7 +15,7 @@ use crate::lab::Session;
 const TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// Memory that a guest rewrites; what is not rewritten is sent once.
-const WORKING_SET_MIB: u32 = 64;
+const WORKING_SET_MIB: u32 = 32;
 
 const PAGE_BITS: f64 = 4096.0 * 8.0;
 const BITS_PER_MBIT: f64 = 1e6;

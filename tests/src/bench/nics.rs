@@ -4,7 +4,7 @@
 use std::fmt;
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rxl_lab::{GuestKind, Shape};
 use serde::Serialize;
 
@@ -33,13 +33,29 @@ pub struct Options {
     /// Memory of the guests in MiB
     #[arg(long, default_value_t = 256)]
     mem: u32,
+    /// pv or pvh; without it both
+    #[arg(long = "type")]
+    kind: Option<GuestKind>,
+    /// idle or dirty; without it both
+    #[arg(long)]
+    workload: Option<Workload>,
+}
+
+/// What the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum Workload {
+    /// Nothing.
+    Idle,
+    /// It writes.
+    Dirty,
 }
 
 /// One run, beside what it is compared with.
 #[derive(Debug, Serialize)]
 struct Figure {
     bench: &'static str,
-    workload: &'static str,
+    workload: Workload,
     #[serde(flatten)]
     run: Move,
     /// The median time over one NIC to this one.
@@ -57,23 +73,40 @@ pub fn run(options: Options) -> Result<()> {
     let nics = u8::try_from(most)?;
     let session = Session::open_shaped(Shape { nics, ..Shape::default() })?;
     session.lab().push_rxl()?;
-    let dirty_mbit = f64::from(options.rate) * DIRTY_RATIO;
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
-        for (workload, dirty_mbit) in [("idle", 0.0), ("dirty", dirty_mbit)] {
-            let name = format!("bench-{kind}");
-            start(&session, &guest(&name, kind, options.mem, dirty_mbit))?;
-            measure(&session, &name, kind, workload, options)?;
-            session.remove(&name)?;
+        for workload in [Workload::Idle, Workload::Dirty] {
+            let is_wanted = options.kind.is_none_or(|wanted| wanted == kind)
+                && options.workload.is_none_or(|wanted| wanted == workload);
+            if is_wanted {
+                one_guest(&session, kind, workload, options)?;
+            }
         }
     }
     Ok(())
+}
+
+fn one_guest(
+    session: &Session,
+    kind: GuestKind,
+    workload: Workload,
+    options: Options,
+) -> Result<()> {
+    let name = format!("bench-{kind}");
+    let dirty_mbit = match workload {
+        Workload::Idle => 0.0,
+        Workload::Dirty => f64::from(options.rate) * DIRTY_RATIO,
+    };
+    session.lab().set_nic_rates(&[])?;
+    start(session, &guest(&name, kind, options.mem, dirty_mbit))?;
+    measure(session, &name, kind, workload, options)?;
+    session.remove(&name)
 }
 
 fn measure(
     session: &Session,
     name: &str,
     kind: GuestKind,
-    workload: &'static str,
+    workload: Workload,
     options: Options,
 ) -> Result<()> {
     let Options { rate, runs, json, .. } = options;
@@ -112,7 +145,8 @@ fn hundredths(value: f64) -> f64 {
 
 impl fmt::Display for Figure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<5} {}", self.workload, self.run)?;
+        let workload = if self.workload == Workload::Idle { "idle" } else { "dirty" };
+        write!(f, "{workload:<5} {}", self.run)?;
         if let Some(speedup) = self.speedup {
             write!(f, ", {speedup:.2} times as fast")?;
         }

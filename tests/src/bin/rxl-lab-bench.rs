@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     let done = match Bench::parse() {
         Bench::Mapping(options) => mapping::run(options),
         Bench::Nics(options) => nics::run(options),
-        Bench::Cliff(options) => cliff::run(options),
+        Bench::Cliff(options) => cliff::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
