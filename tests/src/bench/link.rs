@@ -8,7 +8,7 @@ use rxl_lab::{GuestKind, GuestSpec, Measured, REPORT_PATH, Way};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::rounded;
+use super::{hundredths, rounded};
 use crate::lab::Session;
 
 /// How long a migration may take: a slow NIC, a guest that writes as fast as it sends.
@@ -51,7 +51,7 @@ pub struct Move {
     pub pause_ms: Option<u64>,
     /// Longest time without a tick in the guest.
     pub guest_gap_ms: u64,
-    /// Passes over memory, the last one included, by rxl's report.
+    /// Passes over memory, the last one included: by rxl's report, or by stock's progress.
     pub passes: Option<usize>,
     /// Bytes that left the source host, over each NIC.
     pub sent: Vec<u64>,
@@ -138,9 +138,10 @@ fn figures(
 ) -> Move {
     let migration = &measured.migration;
     let report = measured.report.as_ref();
-    let [cpu, cpu_target, cpu_waited] = cpu.map(|share| (share * 100.0).round() / 100.0);
+    let [cpu, cpu_target, cpu_waited] = cpu.map(hundredths);
     let rate = report.and_then(|report| report.get("rate_mib_s")).and_then(Value::as_f64);
     let passes = report.and_then(|report| report.get("passes")).and_then(Value::as_array);
+    let passes = passes.map(Vec::len).or_else(|| stock_passes(&measured.said));
     Move {
         by: if mover == Mover::Xl { "xl" } else { "rxl" },
         kind: kind.to_string(),
@@ -150,7 +151,7 @@ fn figures(
         total_ms: migration.total_ms,
         pause_ms: migration.pause_ms,
         guest_gap_ms: migration.guest_gap_ms,
-        passes: passes.map(Vec::len),
+        passes,
         sent: measured.sent.clone(),
         transfer_mbit: rate.map(|mib| rounded(mib * MBIT_PER_MIB)),
         cpu,
@@ -158,6 +159,13 @@ fn figures(
         cpu_waited,
         bad_pages: migration.bad_pages,
     }
+}
+
+/// The highest number of stock's `Frames iteration 3: 1024/49152`, which counts from 0.
+fn stock_passes(said: &str) -> Option<usize> {
+    let counts = said.split("iteration ").skip(1);
+    let numbers = counts.filter_map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+    numbers.filter_map(|number| number.parse::<usize>().ok()).max().map(|last| last + 1)
 }
 
 impl std::fmt::Display for Move {
@@ -189,6 +197,13 @@ mod tests {
     fn a_guest_writes_as_many_pages_as_a_nic_of_its_rate_carries() {
         assert_eq!(pages_per_s(32.768), 1000);
         assert_eq!(guest("g", GuestKind::Pvh, 256, 0.0).dirty_pages_per_s, 0);
+    }
+
+    #[test]
+    fn stock_tells_its_passes_while_it_goes_on() {
+        let said = "xc: Frames iteration 0: 0/9 0%\rxc: Frames iteration 2: 9/9 100%\n";
+        assert_eq!(stock_passes(said), Some(3));
+        assert_eq!(stock_passes("xc: error"), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use clap::Args;
 use rxl_lab::{GuestKind, Host, Load, Shape};
 use serde::{Deserialize, Serialize};
 
-use super::{locks, print, rounded, start, traps};
+use super::{hundredths, locks, print, rounded, start, traps};
 use crate::lab::{Session, spec};
 
 /// The name of the program, and of its threads in the kernel's trace.
@@ -219,7 +219,7 @@ impl<'a> Subject<'a> {
             lock_held_ms: rounded(locks.held_ms),
             hypercalls_per_1000_pages: traps.map(|traps| rounded(traps.hypercalls * 1e3)),
             traps_per_1000_pages: traps.map(|traps| rounded(traps.traps * 1e3)),
-            cpu_waited: rounded(waited * 100.0 / f64::from(vcpus)) / 100.0,
+            cpu_waited: hundredths(waited / f64::from(vcpus)),
         }
     }
 }

@@ -51,10 +51,16 @@ pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.get(middle).copied()
 }
 
-/// A number with as many decimals as a figure has use for.
+/// A number to one decimal.
 #[must_use]
 pub fn rounded(value: f64) -> f64 {
     (value * 10.0).round() / 10.0
+}
+
+/// A share or a ratio to two decimals.
+#[must_use]
+pub fn hundredths(value: f64) -> f64 {
+    (value * 100.0).round() / 100.0
 }
 
 #[cfg(test)]

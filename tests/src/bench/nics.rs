@@ -9,7 +9,7 @@ use rxl_lab::{GuestKind, Shape};
 use serde::Serialize;
 
 use super::link::{Move, Mover, guest, move_over};
-use super::{median, print, rounded, start};
+use super::{hundredths, median, print, start};
 use crate::lab::Session;
 
 /// Numbers of NICs that are compared.
@@ -137,10 +137,6 @@ fn plans(rate: u32) -> Vec<Vec<u32>> {
 #[allow(clippy::cast_precision_loss, reason = "times are short of 2^53 ms")]
 fn ms(ms: u64) -> f64 {
     ms as f64
-}
-
-fn hundredths(value: f64) -> f64 {
-    rounded(value * 10.0) / 10.0
 }
 
 impl fmt::Display for Figure {
