@@ -6,11 +6,12 @@
 //! the same seed gives the same run, which the digest of its trace shows.
 //!
 //! What is the product's: `migrate::xl` (both state machines, both drivers, the gate, the guards'
-//! rules, the header), `migrate::source` and `migrate::target` with their workers, `migrate::helper`
-//! (the helper's protocol, both ends). What is modelled: Xen and the guests (`migrate::fake`), libxl
-//! ([`libxl`]), processes and signals ([`world`]), pipes and connections ([`pipe`]), ssh ([`ssh`]),
-//! and of `toolstack` what it does for workers ([`worker`], [`senders`], [`receivers`]) and links
-//! ([`door`], [`link`]). Not here: what the user reads, disks and devices, encryption.
+//! rules, the header), `migrate::source` and `migrate::target` with their workers,
+//! `migrate::helper` (the helper's protocol, both ends). What is modelled: Xen and the guests
+//! (`migrate::fake`), libxl ([`libxl`]), processes and signals ([`world`]), pipes and connections
+//! ([`pipe`]), ssh ([`ssh`]), and of `toolstack` what it does for workers ([`worker`], [`senders`],
+//! [`receivers`]) and links ([`door`], [`link`]). Not here: what the user reads, disks and devices,
+//! encryption.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::indexing_slicing,
