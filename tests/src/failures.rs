@@ -14,6 +14,8 @@ use crate::tally::{Tally, note};
 
 /// NICs of each host, and connections: one over each.
 const NICS: u8 = 4;
+/// Rate of each NIC: slow enough that a moment is not over when it has been seen to come.
+const RATE: &str = "20mbit";
 /// Pages that a guest rewrites per second.
 const DIRTY_PAGES_PER_S: u64 = 200;
 /// How long a migration may take in emulation.
@@ -36,9 +38,9 @@ enum Moment {
 
 impl Moment {
     const ALL: [(Moment, &str); 3] = [
-        (Moment::Early, "as soon as all connections are there"),
         (Moment::Late, "when most memory has arrived"),
         (Moment::Suspending, "when the guest is to suspend"),
+        (Moment::Early, "as soon as all connections are there"),
     ];
 }
 
@@ -59,13 +61,14 @@ const BLOWS: [Blow; 8] = [
 /// Puts NICs right again.
 const REPAIR: &str = "for n in 1 2 3; do ip link set eth$n up; done";
 
-/// Opens a lab of the shape that it takes.
+/// Opens a lab of the shape that it takes, and slows its NICs down.
 ///
 /// # Errors
 /// It does not come up, or one of another shape is up.
 pub fn open() -> Result<Session> {
     let session = Session::open_shaped(Shape { nics: NICS, ..Shape::default() })?;
     session.lab().push_rxl()?;
+    session.lab().set_nic_rates(&vec![RATE.to_owned(); NICS.into()])?;
     Ok(session)
 }
 
@@ -89,6 +92,7 @@ pub fn run(tally: &mut Tally, session: &Session) {
         }
         tally.case(&format!("{label}: stop"), || session.remove(&name));
     }
+    tally.case("NICs as fast as before", || session.lab().set_nic_rates(&[]));
 }
 
 /// Moves the guest to the other host, strikes at the moment, and checks everything.
