@@ -55,3 +55,27 @@ impl<'a> Input<'a> {
         array
     }
 }
+
+/// The same for whoever must not borrow it.
+#[derive(Debug)]
+pub(crate) struct Owned {
+    bytes: Vec<u8>,
+    position: usize,
+}
+
+impl Owned {
+    pub(crate) fn new(bytes: &[u8]) -> Owned {
+        Owned { bytes: bytes.to_vec(), position: 0 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.position >= self.bytes.len()
+    }
+
+    pub(crate) fn take<T>(&mut self, take: impl FnOnce(&mut Input<'_>) -> T) -> T {
+        let mut input = Input::new(self.bytes.get(self.position..).unwrap_or_default());
+        let taken = take(&mut input);
+        self.position = self.bytes.len() - input.rest().len();
+        taken
+    }
+}

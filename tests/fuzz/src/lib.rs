@@ -9,22 +9,32 @@
 //! test.
 #![forbid(unsafe_code)]
 
+mod alone;
 mod block;
 mod handshake;
 mod header;
 mod helper;
 mod input;
+mod link;
+mod linked;
+mod links;
 mod page_table;
+mod receivers;
 mod records;
 mod report;
 mod restore;
 mod save;
+mod senders;
+mod ways;
 
 use std::alloc::System;
+use std::fmt::Debug;
 use std::panic;
 use std::sync::Once;
 
 use cap::Cap;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 #[global_allocator]
 static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
@@ -46,7 +56,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 10] = [
     Target {
         name: "restore",
         about: "a libxc stream, as the receiver reads and applies it",
@@ -67,6 +77,20 @@ pub const TARGETS: [Target; 8] = [
         memory_bytes_max: MIB,
         run: records::run,
         seeds: records::seeds,
+    },
+    Target {
+        name: "link",
+        about: "what both ends say about links, and what the processes of one end do",
+        memory_bytes_max: 4 * MIB,
+        run: link::run,
+        seeds: link::seeds,
+    },
+    Target {
+        name: "links",
+        about: "page data over a link, beside the same over the stream",
+        memory_bytes_max: 80 * MIB,
+        run: links::run,
+        seeds: links::seeds,
     },
     Target {
         name: "page_table",
@@ -153,4 +177,16 @@ fn assert_told(error: &dyn std::error::Error) {
         assert!(!part.to_string().trim().is_empty(), "{part:?} says nothing");
     }
     assert!(!format!("{error:?}").is_empty());
+}
+
+/// `message` as another process of the same end reads it, where messages may be so long.
+fn passed_on<M>(message: &M, bytes_max: usize) -> M
+where
+    M: Serialize + DeserializeOwned + PartialEq + Debug,
+{
+    let bytes = serde_json::to_vec(message).expect("a message is JSON");
+    assert!(bytes.len() <= bytes_max, "a message of {} bytes", bytes.len());
+    let again = serde_json::from_slice(&bytes).expect("rxl reads what it writes");
+    assert_eq!(&again, message);
+    again
 }

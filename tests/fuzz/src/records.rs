@@ -21,6 +21,9 @@ type Reader = fn(&[u8]) -> Result<(), FormatError>;
 const READERS: [Reader; 9] =
     [stream_header, record_header, page_data, p2m, tsc, params, vcpu, bitmap, order];
 
+/// What the types of rxl's own records begin with.
+const RXL_KINDS: u32 = OPTIONAL | 0x5258_0000;
+
 const VCPU_KINDS: [RecordKind; 4] = [
     RecordKind::X86PvVcpuBasic,
     RecordKind::X86PvVcpuExtended,
@@ -137,7 +140,7 @@ fn order(bytes: &[u8]) -> Result<(), FormatError> {
             0 => Event::Begin,
             1 => Event::Done,
             _ => {
-                let head = [u32::from(input.u8()), input.u32()].map(u32::to_le_bytes).concat();
+                let head = [kind(input.u8()), input.u32()].map(u32::to_le_bytes).concat();
                 let head = head.first_chunk().copied().unwrap_or_default();
                 Event::Record(RecordHeader::parse(head)?)
             }
@@ -153,7 +156,7 @@ fn order(bytes: &[u8]) -> Result<(), FormatError> {
                 assert!(fits, "{event:?} after {awaited:?}");
                 if let Action::Body { length, .. } = action {
                     bodies += 1;
-                    assert!(length <= 64 << 20);
+                    assert!(length <= 8 + (64 << 20));
                 }
                 // State comes after memory that it can be in.
                 assert!(action != Action::Complete || bodies > 0);
@@ -171,6 +174,14 @@ fn order(bytes: &[u8]) -> Result<(), FormatError> {
     }
     assert!(!format!("{machine:?}").is_empty());
     Ok(())
+}
+
+/// The type of a record: Xen's, or, above 128, one of rxl's own.
+fn kind(byte: u8) -> u32 {
+    match byte.checked_sub(128) {
+        None => byte.into(),
+        Some(own) => RXL_KINDS + u32::from(own),
+    }
 }
 
 /// The bytes of a log-dirty bitmap. They are Xen's, and the bits of pfns that a guest picks.
@@ -224,9 +235,12 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         (7, [&[200, 0, 100, 0][..], &7_u64.to_le_bytes(), &[0xa5; 30]].concat()),
     ];
     // Kind and length of records; 0 and 1 are the other events.
-    let orders: [(GuestKind, &[u8]); 2] = [
+    let orders: [(GuestKind, &[u8]); 5] = [
         (GuestKind::Pv, &[2, 2, 1, 16, 1, 3, 1, 7, 4, 5, 0]),
+        (GuestKind::Pv, &[129, 2, 16, 3, 131, 1, 132, 131, 7, 4, 0]),
         (GuestKind::Hvm, &[17, 18, 16, 13, 1, 8, 9, 10, 0]),
+        (GuestKind::Hvm, &[129, 16, 131, 132, 133, 1, 9, 10, 131]),
+        (GuestKind::Hvm, &[129, 129, 16, 130]),
     ];
     let orders = orders.map(|(guest, kinds)| {
         let event = |kind: &u8| [2, *kind, 0, 0, 0, 0, 1];

@@ -2,31 +2,32 @@
 //!
 //! An input is a few bytes about the domain and the host, then the stream as it is on the wire,
 //! but that large blocks (pages, vCPU contexts) are written as in [`crate::block`]. So what the
-//! fuzzer changes is mostly heads, entries and fields.
+//! fuzzer changes is mostly heads, entries and fields. If the stream offers links and they are
+//! opened, what they bring is between the bytes of the stream ([`crate::ways`]).
 
-use std::io;
+use std::cell::RefCell;
+use std::rc::Rc;
 
 use rxl_migrate::Error;
 use rxl_migrate::fake::{
-    FakeDomain, FakePages, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Script, WIRING,
-    Wire, tables,
+    FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Script, WIRING, Wire, tables,
 };
 use rxl_migrate::frame::{INVALID_FRAME, PAGE_SIZE, PageBuf, PageType, Pfn};
-use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, PageSlot, StreamIn, TargetDomain};
+use rxl_migrate::hypervisor::{Access, Domain, TargetDomain};
 use rxl_migrate::report::Event;
 use rxl_migrate::source::{self, save};
 use rxl_migrate::stream::libxc::{
     GuestKind, PageEntry, RecordKind, hvm_params, p2m_frames, record,
 };
-use rxl_migrate::target::{Outcome, restore};
+use rxl_migrate::target::links::Links;
+use rxl_migrate::target::{Outcome, restore, restore_with};
 
 use crate::assert_told;
-use crate::block::{self, BLOCK_BYTES_MIN};
 use crate::input::Input;
+use crate::linked::{Linked, two_links};
+use crate::receivers::Receivers;
+use crate::ways::{Packed, Stream, Wires};
 
-/// Largest block that is made from a few bytes. The largest bodies have to be there as they are,
-/// or an input of a few bytes would take seconds.
-const BLOCK_BYTES_MAX: usize = 64 << 10;
 /// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
 const FRAMES_SMALL: u64 = 64;
 const FRAMES_LARGE: u64 = 1200;
@@ -49,6 +50,8 @@ mod flag {
     pub(super) const NARROW: u8 = 32;
     /// Somebody wants an end, after a while.
     pub(super) const ABORTED: u8 = 64;
+    /// Links that the stream offers are opened.
+    pub(super) const LINKS: u8 = 128;
 }
 
 const REFUSED_LEAF: u32 = 0x0101_0101;
@@ -69,50 +72,6 @@ const CALLS: [&str; 12] = [
     "seed_grants",
 ];
 const EIO: i32 = 5;
-
-/// A stream made from an input.
-struct Stream<'a> {
-    input: Input<'a>,
-    plain: bool,
-    /// Bytes of the stream that were read.
-    taken: u64,
-    /// The last of them that were read at once, if they were eight.
-    last: Option<[u8; 8]>,
-}
-
-impl Stream<'_> {
-    fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
-        let filled = if self.plain || !(BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&bytes.len()) {
-            let from = self.input.bytes(bytes.len());
-            (from.len() == bytes.len()).then(|| bytes.copy_from_slice(from))
-        } else {
-            block::read(&mut self.input, bytes)
-        };
-        self.taken += bytes.len() as u64;
-        self.last = bytes.try_into().ok();
-        filled.ok_or(io::ErrorKind::UnexpectedEof.into())
-    }
-}
-
-impl StreamIn<FakePages> for Stream<'_> {
-    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        self.fill(buf)
-    }
-
-    fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut page = PageBuf([0; PAGE_SIZE]);
-        for slot in slots {
-            match slot {
-                PageSlot::Mapped(index) => {
-                    self.fill(&mut page.0)?;
-                    pages.write_page(*index, &page);
-                }
-                PageSlot::Copied(copy) => self.fill(&mut copy.0)?,
-            }
-        }
-        Ok(())
-    }
-}
 
 pub(crate) fn run(bytes: &[u8]) {
     let _ = is_taken(bytes);
@@ -140,9 +99,11 @@ fn is_taken(bytes: &[u8]) -> bool {
     }
     let mut toolstack = FakeToolstack::new(&domain);
     toolstack.abort_at = has(flag::ABORTED).then_some(u64::from(succeed));
-    let mut stream = Stream { input, plain: has(flag::PLAIN), taken: 0, last: None };
+    let source = Rc::new(RefCell::new(Packed::new(input, has(flag::PLAIN))));
+    let mut stream = Stream::new(&source);
+    let links = has(flag::LINKS).then(|| Box::new(Receivers::new(&domain, &source)) as _);
 
-    let restored = restore(&domain, &mut stream, &mut toolstack, &WIRING);
+    let restored = restore_with(&domain, &mut stream, &mut toolstack, links, &WIRING);
     host.heal();
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
     match restored {
@@ -166,7 +127,12 @@ fn is_taken(bytes: &[u8]) -> bool {
 
 /// A stream that was taken: it was read up to its END and no further, the toolstack was told what
 /// it has to know, and whoever got such a domain can send it on.
-fn complete(domain: &FakeDomain, stream: &Stream<'_>, toolstack: &FakeToolstack, outcome: Outcome) {
+fn complete(
+    domain: &FakeDomain,
+    stream: &Stream<Packed>,
+    toolstack: &FakeToolstack,
+    outcome: Outcome,
+) {
     assert_eq!(stream.last, Some([0; 8]), "the last that was read is not END");
     let static_data = |heard: &&Heard| matches!(heard, Heard::StaticDataDone { .. });
     assert_eq!(toolstack.heard.iter().filter(static_data).count(), 1);
@@ -202,49 +168,21 @@ fn saved(domain: &FakeDomain) -> Wire {
 
 /// The input that makes the stream `bytes`, by reading it and noting how.
 fn from_stream(flags: u8, bytes: &[u8]) -> Vec<u8> {
-    struct Recorder {
-        wire: Wire,
-        input: Vec<u8>,
-    }
+    from_ways(flags, vec![bytes.to_vec()], 0)
+}
 
-    impl Recorder {
-        fn note(&mut self, bytes: &[u8]) {
-            if (BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&bytes.len()) {
-                self.input.extend(block::write(bytes));
-            } else {
-                self.input.extend(bytes);
-            }
-        }
-    }
-
-    impl StreamIn<FakePages> for Recorder {
-        fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-            let read = self.wire.read_exact(buf);
-            if read.is_ok() {
-                self.note(buf);
-            }
-            read
-        }
-
-        fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-            let mut page = PageBuf([0; PAGE_SIZE]);
-            for slot in slots {
-                self.read_exact(&mut page.0)?;
-                match slot {
-                    PageSlot::Mapped(index) => pages.write_page(*index, &page),
-                    PageSlot::Copied(copy) => copy.0 = page.0,
-                }
-            }
-            Ok(())
-        }
-    }
-
+/// The same of a stream and links, read in an order that `seed` decides.
+fn from_ways(flags: u8, ways: Vec<Vec<u8>>, seed: u64) -> Vec<u8> {
     let host = Host::new(FRAMES_LARGE, 7);
     let domain = host.create(flags & flag::HVM != 0, FRAMES_LARGE - 16, 3);
-    let mut recorder = Recorder { wire: Wire::new(bytes.to_vec()), input: vec![flags, 0, 0] };
+    let source = Rc::new(RefCell::new(Wires::new(ways, seed)));
+    let mut stream = Stream::new(&source);
+    let links = (flags & flag::LINKS != 0)
+        .then(|| Box::new(Receivers::new(&domain, &source)) as Box<dyn Links>);
+    let mut toolstack = FakeToolstack::new(&domain);
     // Seeds may be streams that are refused: what was read until then is the input.
-    let _ = restore(&domain, &mut recorder, &mut FakeToolstack::new(&domain), &WIRING);
-    recorder.input
+    let _ = restore_with(&domain, &mut stream, &mut toolstack, links, &WIRING);
+    [&[flags, 0, 0], &source.borrow().input[..]].concat()
 }
 
 pub(crate) fn seeds() -> Vec<Vec<u8>> {
@@ -274,6 +212,13 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let domain = HvmSpec { pages: 512, seed: 1 }.build(&Host::new(700, 1));
     seeds.push(from_stream(flag::HVM | flag::LARGE, &saved(&domain).bytes));
     seeds.push([&[flag::HVM | flag::PLAIN, 0, 0], &Script::hvm().bytes[..]].concat());
+    for seed in 0..4 {
+        seeds.push(from_ways(flag::LINKS, two_links(false).ways(), seed));
+        seeds.push(from_ways(flag::LINKS | flag::HVM, two_links(true).ways(), seed));
+    }
+    // Links that are offered, and that this side does not open; with no pages, and with some.
+    let offered = Linked::new(Script::hvm(), 2).ends(0, &[]).loses(0).finish();
+    seeds.push(from_stream(flag::HVM, &offered.script.bytes));
     seeds
 }
 

@@ -2,22 +2,30 @@
 //! tables, vCPU contexts, all of them while they change.
 //!
 //! An input chooses a guest, then changes words of its memory, some before the save and some
-//! while it goes on. Where frame numbers are needed the changes name pages of the guest.
+//! while it goes on. Where frame numbers are needed the changes name pages of the guest. There may
+//! be workers, on the stream and on links ([`crate::senders`]).
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::rc::Rc;
 
 use rxl_migrate::Error;
-use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, P2mKind, PvSpec, WIRING, Wire};
+use rxl_migrate::fake::{
+    FakeDomain, FakeToolstack, Host, HvmSpec, P2mKind, PvSpec, WIRING, compare,
+};
 use rxl_migrate::frame::{Mfn, PAGE_SHIFT, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, SourceDomain, Toolstack};
 use rxl_migrate::report::Event;
-use rxl_migrate::source::{Options, save};
-use rxl_migrate::target::restore;
+use rxl_migrate::source::workers::Workers;
+use rxl_migrate::source::{Options, save_with};
+use rxl_migrate::target::restore_with;
 use rxl_migrate::x86::pv::{PTE_FRAME_MASK, context, get_u64, shared_info};
 
 use crate::assert_told;
 use crate::input::Input;
+use crate::receivers::Receivers;
+use crate::senders::{Out, Plan, Senders};
+use crate::ways::{Stream, Wires};
 
 /// pfns of the guest, at most.
 const PAGES: u64 = 140;
@@ -25,6 +33,8 @@ const FRAMES: u64 = 240;
 /// Batches after which the save is cancelled: a guest may claim a large p2m, and then it takes
 /// long as it has to.
 const ASKS_MAX: u32 = 24;
+/// The same with workers, which have smaller batches and news of their own.
+const ASKS_WITH_WORKERS_MAX: u32 = 400;
 
 /// Bits of the first byte.
 mod flag {
@@ -38,6 +48,20 @@ mod flag {
     pub(super) const GRANT: u8 = 32;
     /// The save is cancelled early.
     pub(super) const CANCEL: u8 = 64;
+    /// There are workers, as the bits of the next byte say.
+    pub(super) const WORKERS: u8 = 128;
+}
+
+/// Bits of the byte about workers; after it comes how many bytes say what they do, and those.
+mod staff {
+    /// So many on the stream.
+    pub(super) const ON_STREAM: u8 = 3;
+    /// So many links, times four.
+    pub(super) const LINKS: u8 = 12;
+    /// The receiver confirms what is so.
+    pub(super) const HONEST: u8 = 16;
+    /// It is an HVM guest.
+    pub(super) const HVM: u8 = 32;
 }
 
 /// Calls that may be told to fail, by the second byte; 0 and what is past the list is none.
@@ -84,6 +108,8 @@ struct Hostile<'a> {
     pages: Vec<u64>,
     asked: Cell<u32>,
     asks_max: u32,
+    /// It did something that no good guest does.
+    changed: Cell<bool>,
 }
 
 impl Hostile<'_> {
@@ -106,6 +132,7 @@ impl Hostile<'_> {
             if kind == change::PAUSE {
                 return;
             }
+            self.changed.set(true);
             if matches!(kind, change::VCPU | change::VCPU_ENTRY) {
                 self.change_vcpu(kind);
                 continue;
@@ -203,12 +230,13 @@ pub(crate) fn run(bytes: &[u8]) {
     let _ = arrives(bytes);
 }
 
-/// Whether the guest of an input is saved, and then received if that is asked for.
-fn arrives(bytes: &[u8]) -> bool {
-    let mut input = Input::new(bytes);
-    let (flags, call, succeed) = (input.u8(), usize::from(input.u8()), input.u8());
+/// The guest of an input.
+fn guest(flags: u8, hvm: bool) -> FakeDomain {
     let has = |flag| flags & flag != 0;
     let host = Host::new(FRAMES, 3);
+    if hvm {
+        return HvmSpec { pages: PAGES, seed: 5 }.build(&host);
+    }
     let spec = PvSpec {
         pages: PAGES,
         one_hole_in: 20,
@@ -222,7 +250,20 @@ fn arrives(bytes: &[u8]) -> bool {
     if has(flag::GRANT) {
         domain.hold_grant();
     }
-    let anchors = anchors(&domain);
+    domain
+}
+
+/// Whether the guest of an input is saved, and then received if that is asked for.
+fn arrives(bytes: &[u8]) -> bool {
+    let mut input = Input::new(bytes);
+    let (flags, call, succeed) = (input.u8(), usize::from(input.u8()), input.u8());
+    let has = |flag| flags & flag != 0;
+    let staff = if has(flag::WORKERS) { input.u8() } else { 0 };
+    let choices = if has(flag::WORKERS) { input.u16() } else { 0 };
+    let choices = input.bytes(choices.into());
+    let domain = guest(flags, staff & staff::HVM != 0);
+    let host = domain.host();
+    let anchors = if staff & staff::HVM == 0 { anchors(&domain) } else { Vec::new() };
     // The model's guest makes ready as a good one does; from then on the input decides.
     domain.suspend();
     domain.take_over();
@@ -230,21 +271,37 @@ fn arrives(bytes: &[u8]) -> bool {
         host.fail(call, u64::from(succeed), EIO);
     }
     let pages = (0..PAGES).filter_map(|pfn| Some(domain.populated_with(Pfn(pfn))?.0)).collect();
-    let asks_max = if has(flag::CANCEL) { u32::from(succeed) } else { ASKS_MAX };
-    let input = RefCell::new(input);
+    let asks_max = if has(flag::WORKERS) { ASKS_WITH_WORKERS_MAX } else { ASKS_MAX };
+    let asks_max = if has(flag::CANCEL) { u32::from(succeed) } else { asks_max };
+    let (input, asked, changed) = (RefCell::new(input), Cell::new(0), Cell::new(false));
     let mut toolstack =
-        Hostile { domain: &domain, input, anchors, pages, asked: Cell::new(0), asks_max };
+        Hostile { domain: &domain, input, anchors, pages, asked, asks_max, changed };
     toolstack.act();
 
-    let mut wire = Wire::default();
+    let mut out = Out::default();
+    let plan = Plan {
+        on_stream: staff & staff::ON_STREAM,
+        links: (staff & staff::LINKS) / 4,
+        honest: staff & staff::HONEST != 0,
+    };
+    let senders = has(flag::WORKERS).then(|| Senders::new(&domain, plan, &out, choices));
+    let links = senders.as_ref().map(|senders| Rc::clone(&senders.links)).unwrap_or_default();
+    let workers = senders.map(|senders| Box::new(senders) as Box<dyn Workers>);
     let options = Options { live: has(flag::LIVE), verify: has(flag::VERIFY) };
-    let result = save(&domain, &mut wire, &mut toolstack, &options);
+    let result = save_with(&domain, &mut out, &mut toolstack, workers, &options);
     host.heal();
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
+    let ways: Vec<Vec<u8>> =
+        std::iter::once(&out).chain(&*links.borrow()).map(|way| way.0.take().bytes).collect();
     match result {
         Ok(summary) => {
-            assert_eq!(summary.bytes, wire.bytes.len() as u64);
-            !has(flag::RESTORE) || receive(wire)
+            let stream = ways.first().map_or(0, Vec::len) as u64;
+            assert!(summary.bytes == stream || (ways.len() > 1 && summary.bytes > stream));
+            let is_good = !toolstack.changed.get() && (plan.honest || ways.len() == 1);
+            // The same guest, as it was when nobody had taken it over.
+            let twin = guest(flags, staff & staff::HVM != 0);
+            twin.suspend();
+            !has(flag::RESTORE) || receive(&twin, ways, is_good)
         }
         Err(error) => {
             assert!(!matches!(error, Error::Machine { .. } | Error::Format(_)), "{error}");
@@ -254,15 +311,23 @@ fn arrives(bytes: &[u8]) -> bool {
     }
 }
 
-/// A receiver takes what such a guest became, or says why not.
-fn receive(mut wire: Wire) -> bool {
+/// A receiver takes what such a guest became, or says why not. A guest and a receiver that are
+/// `good` arrive as they were.
+fn receive(guest: &FakeDomain, ways: Vec<Vec<u8>>, good: bool) -> bool {
     let host = Host::new(FRAMES, 4);
-    let domain = host.create(false, PAGES + 40, 3);
-    let restored = restore(&domain, &mut wire, &mut FakeToolstack::new(&domain), &WIRING);
+    let domain = host.create(guest.info().expect("a domain").hvm, PAGES + 40, 3);
+    let source = Rc::new(RefCell::new(Wires::new(ways, 0)));
+    let links = Box::new(Receivers::new(&domain, &source));
+    let (mut stream, mut toolstack) = (Stream::new(&source), FakeToolstack::new(&domain));
+    let restored = restore_with(&domain, &mut stream, &mut toolstack, Some(links), &WIRING);
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
-    if let Err(error) = &restored {
-        assert!(!matches!(error, Error::Machine { .. }), "{error}");
-        assert_told(error);
+    match &restored {
+        Ok(outcome) if good => assert_eq!(compare(guest, &domain, &WIRING, outcome), [""; 0]),
+        Ok(_) => {}
+        Err(error) => {
+            assert!(!good && !matches!(error, Error::Machine { .. }), "{}", error.chain());
+            assert_told(error);
+        }
     }
     restored.is_ok()
 }
@@ -319,6 +384,73 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     for call in 1..9 {
         seeds.push(vec![live, call, 1]);
     }
+    seeds.extend(with_workers(&generation));
+    seeds
+}
+
+/// Kinds of what happens among workers, in the low bits; the others say to which.
+mod happens {
+    pub(super) const DONE: u8 = 1;
+    pub(super) const JOINS: u8 = 4;
+    pub(super) const KILLED: u8 = 5;
+    /// After so many bytes, which come next.
+    pub(super) const BREAKS: u8 = 6;
+}
+
+/// Workers on the stream and on links, of all kinds; the first ten mean no harm.
+fn with_workers(change: &[u8]) -> Vec<Vec<u8>> {
+    use happens::{BREAKS, DONE, JOINS, KILLED};
+    let all = flag::LIVE | flag::RESTORE | flag::WORKERS;
+    let one = |flags, (on_stream, links, more): (u8, u8, u8), choices: &[u8], rest: &[u8]| {
+        let count = u16::try_from(choices.len()).unwrap_or_default().to_le_bytes();
+        [&[flags, 0, 0, on_stream | links << 2 | more][..], &count, choices, rest].concat()
+    };
+    let (honest, hvm) = (staff::HONEST, staff::HONEST | staff::HVM);
+    let second = 1 << 3;
+    let two = [JOINS, JOINS];
+    let mut seeds = vec![
+        one(all, (2, 0, honest), &[], &[]),
+        one(all, (3, 0, hvm), &[DONE, DONE | second, DONE | second, DONE], &[]),
+        one(all | flag::VERIFY, (1, 1, honest), &[], &[]),
+        one(all, (0, 1, honest), &[JOINS], &[]),
+        one(all, (0, 2, hvm), &two, &[]),
+        one(all | flag::TREE, (1, 3, honest), &[0, DONE, 0, JOINS, JOINS, DONE, JOINS], &[]),
+        one(all, (0, 3, honest), &[JOINS, JOINS, JOINS, BREAKS, 40, BREAKS | second, 90], &[]),
+        one(all, (0, 2, hvm), &[JOINS, JOINS, BREAKS, 100, DONE, BREAKS | second, 200], &[]),
+        one(all, (0, 2, honest), &[JOINS, JOINS, DONE, DONE, KILLED], &[]),
+        one(
+            all,
+            (0, 2, hvm),
+            &[JOINS, JOINS, 1, 9, 1, 9, 1, 9, BREAKS, 0, BREAKS | second, 1],
+            &[],
+        ),
+        // A worker of the stream is lost, pages vanish, a call fails, it takes too long.
+        one(all, (2, 0, honest), &[DONE, KILLED], &[]),
+        one(all, (0, 2, honest), &two, &[&[0, 0, 0][..], change].concat()),
+        one(all | flag::GRANT, (0, 2, honest), &two, &[]),
+        vec![all, 1, 9, honest | 2, 0, 0],
+        vec![all, 6, 2, honest | 2 << 2, 2, 0, JOINS, JOINS],
+        vec![all | flag::CANCEL, 0, 9, honest | 2 << 2, 2, 0, JOINS, JOINS],
+    ];
+    // A receiver that confirms too early, too late, never, or in pieces.
+    let word = |word: u64| [&[8][..], &word.to_le_bytes()].concat();
+    let says = [
+        word(u64::MAX),
+        vec![3, 1, 0, 0, 5, 0, 0, 0, 0, 0],
+        [word(2), word(1), word(0), word(9)].concat(),
+        vec![0; 40],
+        vec![255],
+    ];
+    for says in says {
+        seeds.push(one(all, (0, 1, 0), &[&[JOINS, DONE][..], &says].concat(), &[]));
+        let says = [&[JOINS, JOINS, BREAKS, 90, DONE][..], &says, &[DONE | second], &says].concat();
+        seeds.push(one(all, (0, 2, staff::HVM), &says, &[]));
+    }
+    // While it goes on, a page becomes something else.
+    for page in 1..9 {
+        let becomes = [&[0, 0, change::FRAME, page, 0, 8, 0][..], &[40, 0]].concat();
+        seeds.push(one(all, (0, 2, honest), &two, &becomes));
+    }
     seeds
 }
 
@@ -330,6 +462,9 @@ mod tests {
     fn a_guest_that_means_no_harm_arrives() {
         for flags in [0, flag::TREE, flag::LIVE, flag::LIVE | flag::TREE | flag::VERIFY] {
             assert!(arrives(&[flags | flag::RESTORE, 0, 0]), "{flags:#x}");
+        }
+        for seed in with_workers(&[]).iter().take(10) {
+            assert!(arrives(seed), "{seed:?}");
         }
     }
 }

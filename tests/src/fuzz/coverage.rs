@@ -25,23 +25,31 @@ use crate::unit::workspace;
 const PERCENT_MIN: usize = 95;
 
 /// The files that read what a peer, a file or a guest wrote.
-const PARSERS: [&str; 25] = [
+const PARSERS: [&str; 33] = [
     "bitmap.rs",
     "frame.rs",
     "helper/channel.rs",
     "helper/invocation.rs",
     "helper/message.rs",
     "report.rs",
+    "runs.rs",
     "source/batch.rs",
+    "source/crew.rs",
+    "source/pass.rs",
     "source/pv.rs",
+    "source/workers.rs",
     "stream/libxc.rs",
     "stream/libxl.rs",
+    "stream/link.rs",
+    "target/crew.rs",
     "target/driver.rs",
     "target/hvm.rs",
+    "target/links.rs",
     "target/machine.rs",
     "target/memory.rs",
     "target/p2m.rs",
     "target/pages.rs",
+    "target/passes.rs",
     "target/pv.rs",
     "target/vcpu.rs",
     "x86/pv.rs",
