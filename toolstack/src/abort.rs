@@ -107,7 +107,7 @@ mod tests {
     use rxl_migrate::hypervisor::StreamOut;
 
     use super::*;
-    use crate::xc::{FdOut, Mapping};
+    use crate::xc::{FdOut, Mapping, PIPE_BYTES};
 
     /// Runs `child` in a process of its own, which ends with what it returns, and then `parent`.
     /// What is tested changes the process for good. Returns the child's wait status.
@@ -148,7 +148,7 @@ mod tests {
 
     fn wait_until_full(pipe: &PipeReader) {
         let end = Instant::now() + Duration::from_secs(30);
-        while rustix::io::ioctl_fionread(pipe).unwrap() < 65536 {
+        while rustix::io::ioctl_fionread(pipe).unwrap() < PIPE_BYTES as u64 {
             assert!(Instant::now() < end, "the child does not write");
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -162,7 +162,7 @@ mod tests {
         let status = fork(
             || {
                 install(writer.as_fd())?;
-                expect_cancelled(write(&writer, 1 << 20))?;
+                expect_cancelled(write(&writer, 2 * PIPE_BYTES))?;
                 expect_cancelled(write(&writer, 1))
             },
             |pid| {
@@ -174,7 +174,7 @@ mod tests {
         drop(writer);
         let mut got = Vec::new();
         reader.read_to_end(&mut got).unwrap();
-        assert_eq!(got.len(), 65536, "something was written after the signal");
+        assert_eq!(got.len(), PIPE_BYTES, "something was written after the signal");
     }
 
     #[test]
@@ -185,7 +185,7 @@ mod tests {
                 install(writer.as_fd())?;
                 // SAFETY: to this process, whose handler is async-signal-safe.
                 unsafe { libc::raise(libc::SIGTERM) };
-                expect_cancelled(write(&writer, 1 << 20))
+                expect_cancelled(write(&writer, 2 * PIPE_BYTES))
             },
             |_| {},
         );
@@ -199,11 +199,11 @@ mod tests {
     #[test]
     fn the_terminals_signals_end_neither_process_nor_write() {
         let (mut reader, writer) = pipe().unwrap();
-        let mut got = vec![0; 1 << 20];
+        let mut got = vec![0; 2 * PIPE_BYTES];
         let status = fork(
             || {
                 install(writer.as_fd())?;
-                write(&writer, 1 << 20)
+                write(&writer, 2 * PIPE_BYTES)
             },
             |pid| {
                 wait_until_full(&reader);

@@ -43,6 +43,8 @@ pub use domain::LiveDomain;
 pub use foreign::Mapping;
 pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink};
 pub use sealed::{SealedIn, SealedOut};
+#[cfg(test)]
+pub(crate) use stream::PIPE_BYTES;
 pub use stream::{FdIn, FdOut, Patience};
 
 /// `op` failed because of `source`.

@@ -26,7 +26,7 @@ const PIECES_MAX: usize = 1024;
 
 /// What a pipe is made to hold: as much as Linux allows anybody by default. With the 64 KiB that a
 /// pipe has at first, both of its ends stop and wake each other several times a millisecond.
-const PIPE_BYTES: usize = 1 << 20;
+pub(crate) const PIPE_BYTES: usize = 1 << 20;
 
 /// A stream that is written to `fd`.
 #[derive(Debug)]
