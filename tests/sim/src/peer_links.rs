@@ -148,9 +148,10 @@ impl Workers for InMemory<'_> {
     fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()> {
         let mut once = Once(Some(request.clone()), None);
         let _ = work(self.guest, &mut Nowhere(&mut self.wires[worker]), &mut once);
-        let reply =
-            once.1.map(|reply| News::Reply(worker, Reply { confirmed: reply.sent, ..reply }));
-        self.news.extend(reply);
+        self.news.push_back(match once.1 {
+            Some(reply) => News::Reply(worker, Reply { confirmed: reply.sent, ..reply }),
+            None => News::Ended(worker, "it has failed".into()),
+        });
         Ok(())
     }
 
