@@ -20,6 +20,9 @@ use rxl_migrate::target::restore_with;
 
 const LIVE: source::Options = source::Options { live: true, verify: false };
 const HOST_FRAMES: u64 = 8192;
+/// Pages that a copy may have more than the guest had when it was suspended: what it gave back
+/// meanwhile comes along.
+const BALLOONED_PAGES_MAX: u64 = 2000;
 
 /// What came of a migration.
 struct Moved {
@@ -36,7 +39,8 @@ fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
     let joins = senders.offer(&links);
     let info = source.info().unwrap();
     let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
-    let target = host.create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
+    let target =
+        host.create(info.hvm, info.total_pages + BALLOONED_PAGES_MAX, info.max_vcpu_id + 1);
     let receivers = Receivers::new(&target, &stream, &links, joins);
     let receiver = {
         let (target, mut stream) = (target.clone(), stream.clone());

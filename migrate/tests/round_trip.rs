@@ -32,6 +32,9 @@ fn pv(p2m: P2mKind, seed: u64) -> PvSpec {
 
 /// Frames of a host that has room for the guests of this file.
 const HOST_FRAMES: u64 = 8192;
+/// Pages that a copy may have more than the guest had when it was suspended: what it gave back
+/// meanwhile comes along.
+const BALLOONED_PAGES_MAX: u64 = 2000;
 
 fn source_host(seed: u64) -> Host {
     Host::new(HOST_FRAMES, seed)
@@ -41,7 +44,8 @@ fn source_host(seed: u64) -> Host {
 fn restored(source: &FakeDomain, wire: &mut Wire, seed: u64) -> (FakeDomain, Outcome) {
     let info = source.info().unwrap();
     let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
-    let target = host.create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
+    let target =
+        host.create(info.hvm, info.total_pages + BALLOONED_PAGES_MAX, info.max_vcpu_id + 1);
     let mut toolstack = FakeToolstack::new(&target);
     let outcome = restore(&target, wire, &mut toolstack, &WIRING).unwrap();
     assert_eq!(toolstack.lines(LogLevel::Error), [""; 0]);

@@ -16,6 +16,9 @@ use rxl_migrate::target::restore;
 
 const LIVE: source::Options = source::Options { live: true, verify: false };
 const HOST_FRAMES: u64 = 8192;
+/// Pages that a copy may have more than the guest had when it was suspended: what it gave back
+/// meanwhile comes along.
+const BALLOONED_PAGES_MAX: u64 = 2000;
 
 fn crew(count: usize, domain: &FakeDomain, out: &Shared<Wire>, leaves: Option<u32>) -> Senders {
     let mut senders = Senders::new(domain);
@@ -33,7 +36,8 @@ fn moved(source: &FakeDomain, count: usize, seed: u64) -> Vec<String> {
     assert_eq!(saved.bytes, wire.bytes.len() as u64);
     let info = source.info().unwrap();
     let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
-    let target = host.create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
+    let target =
+        host.create(info.hvm, info.total_pages + BALLOONED_PAGES_MAX, info.max_vcpu_id + 1);
     let outcome = restore(&target, &mut wire, &mut FakeToolstack::new(&target), &WIRING).unwrap();
     compare(source, &target, &WIRING, &outcome)
 }
