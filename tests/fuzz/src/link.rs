@@ -12,8 +12,8 @@ use rxl_migrate::stream::libxc::{
 };
 use rxl_migrate::stream::link::{
     ADDRESSES_MAX, Confirmations, HELLO_BYTES, LINKS_MAX, LinkSet, OFFER_BYTES_MAX, Offer, Secret,
-    check_hello, hello, is_same, link_lost_record, parse_link_lost, parse_pass, parse_pass_end,
-    pass_end_record, pass_record,
+    check_hello, fingerprint, hello, is_same, link_lost_record, parse_link_lost, parse_pass,
+    parse_pass_end, pass_end_record, pass_record,
 };
 use rxl_migrate::target::links::{self, Answer, Ask};
 use serde::Serialize;
@@ -94,7 +94,9 @@ fn greeting(bytes: &[u8]) -> Result<(), FormatError> {
         assert_eq!(check_hello(&other, bytes), None);
         let token = bytes.split_at(16).1;
         assert!(is_same(&secret.hello_token(link), token));
-        assert!(!is_same(&secret.welcome_token(link), token));
+        for other in [secret.welcome_token(link), secret.proof_token(link)] {
+            assert!(!is_same(&other, token));
+        }
     }
     Ok(())
 }
@@ -149,13 +151,18 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let secret = Secret::new([7; 32]);
     let addresses = ["10.0.0.1:4000", "[fe80::1%3]:5", "[2001:db8::7]:65535"];
     let addresses = addresses.iter().filter_map(|text| text.parse().ok()).collect();
-    let offer = Offer::new(4, secret.clone(), addresses);
-    let offer = offer.record().unwrap_or_default();
-    let offer = body(&offer, RecordKind::RxlOffer).to_vec();
+    let plain = Offer::new(4, secret.clone(), addresses);
+    let mut sealed = plain.clone();
+    sealed.certificate = Some(fingerprint(b"a certificate"));
+    let [offer, sealed] = [plain, sealed].map(|offer| {
+        let record = offer.record().unwrap_or_default();
+        body(&record, RecordKind::RxlOffer).to_vec()
+    });
     let text = String::from_utf8_lossy(&offer).into_owned();
     let words = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let mut seeds: Vec<(u8, Vec<u8>)> = vec![
         (0, offer),
+        (0, sealed),
         (0, text.replace(r#""version":1"#, r#""version":2"#).into_bytes()),
         (0, text.replace(r#""links":4"#, r#""links":65"#).into_bytes()),
         (0, text.replace("0707", "07").into_bytes()),
