@@ -60,8 +60,8 @@ use crate::plan::Plan;
 use crate::trace::Trace;
 use crate::world::{Role, Side, World};
 
-/// More steps than any run takes.
-const STEPS_MAX: u64 = 200_000;
+/// More steps than any run takes; a large guest over one slow link takes over 200,000.
+const STEPS_MAX: u64 = 1_000_000;
 
 /// What came of one seed.
 #[derive(Debug)]
