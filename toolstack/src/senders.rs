@@ -225,7 +225,10 @@ impl Pool {
             Mode::Process => {
                 let args = [ARGUMENT, &domain.to_string(), LINK];
                 let worker = Worker::process(&self.program, &args, Stdio::from(connection))?;
-                messages::send(worker.socket(), &assignment)?;
+                // One that has ended already is heard of as any other is.
+                if let Err(error) = messages::send(worker.socket(), &assignment) {
+                    tracing::debug!(link, %error, "a worker takes no assignment");
+                }
                 Ok(worker)
             }
             Mode::Thread => Worker::thread(Some(connection.try_clone()?), move |socket| {
