@@ -58,15 +58,16 @@ impl<'a> Openers<'a> {
         Ok(worker)
     }
 
-    /// Waits, and notes what is needed. `stream`: for the stream, too, which comes last.
+    /// Waits, and notes what is needed. `stream`: for the stream, too, which comes last; without
+    /// it, the end of the stream is an error.
     fn poll(&mut self, stream: bool) -> io::Result<()> {
-        let stream = stream.then_some(self.stream);
+        let of_stream = if stream { PollFlags::IN } else { PollFlags::RDHUP };
         let mut all: Vec<PollFd<'_>> = self
             .workers
             .values()
-            .map(Worker::socket)
-            .chain(stream)
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .map(|worker| (worker.socket(), PollFlags::IN))
+            .chain([(self.stream, of_stream)])
+            .map(|(fd, events)| PollFd::from_borrowed_fd(fd, events))
             .collect();
         match poll(&mut all, None) {
             Ok(_) => {}
@@ -74,13 +75,16 @@ impl<'a> Openers<'a> {
             Err(error) => return Err(error.into()),
         }
         let ready: Vec<bool> = all.iter().map(|one| !one.revents().is_empty()).collect();
-        let (workers, stream) = ready.split_at(self.workers.len());
+        let (workers, on_stream) = ready.split_at(self.workers.len());
         let links = self.workers.keys().zip(workers).filter(|(_, ready)| **ready);
         for link in links.map(|(link, _)| *link).collect::<Vec<u8>>() {
             self.hear(link)?;
         }
-        if stream.contains(&true) {
-            self.needs.push_back(Need::Stream);
+        match (stream, on_stream.contains(&true)) {
+            (true, true) => self.needs.push_back(Need::Stream),
+            // What workers have said meanwhile may be all that was waited for.
+            (false, true) if self.needs.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
+            _ => {}
         }
         Ok(())
     }
@@ -187,6 +191,57 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
             let mut link = link.map_err(failed)?;
             let heartbeat = link.heartbeat();
             work(&domain, &mut link, &mut Socket { socket, heartbeat })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::Duration;
+
+    use super::*;
+
+    /// One worker, whose link brings nothing; after a while it asks for pass 7.
+    fn with_worker(stream: BorrowedFd<'_>, asks: bool) -> Openers<'_> {
+        let mut openers = Openers::new("false".into(), DomId(1), stream);
+        let worker = Worker::thread(None, move |socket| {
+            thread::sleep(Duration::from_millis(50));
+            if asks {
+                messages::send(socket.as_fd(), &Ask::Pass(7)).unwrap();
+            }
+            assert_eq!(messages::receive::<Answer>(socket.as_fd()).unwrap(), None);
+        });
+        openers.workers.insert(0, worker.unwrap());
+        openers
+    }
+
+    fn streams() -> [(OwnedFd, OwnedFd); 2] {
+        let (reader, writer) = io::pipe().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        [(reader.into(), writer.into()), (ours.into(), theirs.into())]
+    }
+
+    /// TCP would tell only after many minutes that a sender's host is gone with all its links.
+    #[test]
+    fn a_sender_that_is_gone_is_not_waited_for() {
+        for (reader, writer) in streams() {
+            rustix::io::write(&writer, b"the start of a record").unwrap();
+            let mut openers = with_worker(reader.as_fd(), false);
+            drop(writer);
+            assert_eq!(openers.wait(false).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+            assert_eq!(openers.wait(true).unwrap(), Need::Stream);
+        }
+    }
+
+    #[test]
+    fn what_comes_over_the_stream_does_not_disturb_who_waits_for_workers() {
+        for (reader, writer) in streams() {
+            rustix::io::write(&writer, b"a record").unwrap();
+            let mut openers = with_worker(reader.as_fd(), true);
+            assert_eq!(openers.wait(false).unwrap(), Need::Ask(0, Ask::Pass(7)));
         }
     }
 }

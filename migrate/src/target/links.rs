@@ -74,7 +74,8 @@ pub trait Links {
     /// Waits until a worker needs something, or, with `stream`, until the stream can be read.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; without `stream`, the stream has ended: a sender that is still there may have
+    /// to say that a link is lost.
     fn wait(&mut self, stream: bool) -> io::Result<Need>;
     /// Answers a worker.
     ///

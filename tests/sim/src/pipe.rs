@@ -129,6 +129,12 @@ impl Pipe {
             || self.writers == 0 && self.data.is_empty() && !self.is_cut()
     }
 
+    /// Whether nothing more comes than a reader can have at `now`.
+    pub(crate) fn is_over(&mut self, now: u64) -> bool {
+        let all_is_there = self.available(now) == self.data.len();
+        self.is_reset(End::Read, now) || self.writers == 0 && all_is_there && !self.is_cut()
+    }
+
     /// Whether a write would not block.
     pub(crate) fn is_writable(&self, now: u64) -> bool {
         self.is_hung_up(now) || self.data.len() < self.capacity

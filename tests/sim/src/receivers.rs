@@ -31,9 +31,10 @@ impl<'a, 'b> Openers<'a, 'b> {
         Openers { process, domain: domain.clone(), stream, workers, needs }
     }
 
-    /// Waits, and notes what is needed. `stream`: for the stream, too, which comes last.
+    /// Waits, and notes what is needed. `stream`: for the stream, too, which comes last; without
+    /// it, the end of the stream is an error.
     fn poll(&mut self, stream: bool) -> io::Result<()> {
-        let on_stream = if stream { Cond::Readable(self.stream) } else { Cond::Never };
+        let on_stream = if stream { Cond::Readable(self.stream) } else { Cond::Over(self.stream) };
         self.process.wait([Cond::Sockets, on_stream, Cond::Never, Cond::Never]);
         let holds = |cond| self.process.holds(cond);
         let sockets = self.workers.iter().map(|(link, worker)| (*link, worker.socket.input));
@@ -43,8 +44,10 @@ impl<'a, 'b> Openers<'a, 'b> {
             .collect();
         let on_stream = holds(on_stream);
         ready.into_iter().try_for_each(|link| self.hear(link))?;
-        if on_stream {
-            self.needs.push_back(Need::Stream);
+        match (stream, on_stream) {
+            (true, true) => self.needs.push_back(Need::Stream),
+            (false, true) if self.needs.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
+            _ => {}
         }
         Ok(())
     }

@@ -93,6 +93,8 @@ pub(crate) enum Cond {
     Writable(PipeId),
     /// Nobody reads the other end of the pipe.
     Hangup(PipeId),
+    /// Nothing more comes through the pipe than is there.
+    Over(PipeId),
     At(u64),
     /// Its gate has been closed by a signal.
     Cancelled,
@@ -334,6 +336,7 @@ impl World {
             Cond::Readable(pipe) => self.pipe(pipe).is_readable(now),
             Cond::Writable(pipe) => self.pipe(pipe).is_writable(now),
             Cond::Hangup(pipe) => self.pipe(pipe).is_hung_up(now),
+            Cond::Over(pipe) => self.pipe(pipe).is_over(now),
             Cond::At(time) => now >= time,
             Cond::Cancelled => self.proc(id).gate.as_ref().is_some_and(|g| g.is_cancelled()),
             Cond::Terminated => self.proc(id).terminated,
