@@ -22,6 +22,7 @@
 //! What it is not: who opens connections (`toolstack`), or what follows from a loss
 //! ([`crate::source`]). Nobody else's format: both ends are rxl's.
 
+use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::net::SocketAddr;
 
@@ -29,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::stream::FormatError;
-use crate::stream::libxc::{self, RecordKind, le_u64s};
+use crate::stream::libxc::{self, ReadKind, RecordKind, le_u64s};
 
 /// Most links of a migration; a mask has a bit for each.
 pub const LINKS_MAX: u8 = 64;
@@ -287,29 +288,63 @@ pub fn check_hello(secret: &Secret, bytes: &[u8; HELLO_BYTES]) -> Option<u8> {
     right.then_some(link)
 }
 
-/// What a receiver has confirmed, from the bytes that come over a link.
+/// What a sender has sent over a link, and the receiver has confirmed.
 #[derive(Debug, Default)]
 pub struct Confirmations {
     records: u64,
     /// The start of a confirmation whose rest has not come.
     partial: Vec<u8>,
+    sent: u64,
+    /// Those of the records that are not confirmed with which a pass begins.
+    passes: VecDeque<u64>,
+}
+
+/// A record that the receiver has not confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unconfirmed {
+    /// Page data: nobody else keeps the receiver from applying it.
+    Data,
+    /// The start of a pass, which has to wait for all other links.
+    Pass,
 }
 
 impl Confirmations {
-    /// Takes what has come.
-    pub fn take(&mut self, bytes: &[u8]) {
+    /// Notes that the record that begins with `head` is on its way.
+    pub fn note_sent(&mut self, head: &[u8]) {
+        self.sent += 1;
+        let header = head.first_chunk().and_then(|head| libxc::RecordHeader::parse(*head).ok());
+        if header.is_some_and(|header| header.kind == ReadKind::Known(RecordKind::RxlPass)) {
+            self.passes.push_back(self.sent);
+        }
+    }
+
+    /// Takes what has come. `true`: more is confirmed than before.
+    pub fn take(&mut self, bytes: &[u8]) -> bool {
+        let before = self.records;
         self.partial.extend_from_slice(bytes);
         let (whole, rest) = self.partial.as_chunks::<CONFIRMATION_BYTES>();
         // Never less than before: a peer that takes a word back is not believed.
         let most = whole.iter().map(|word| u64::from_le_bytes(*word)).max();
         self.records = self.records.max(most.unwrap_or(0));
         self.partial = rest.to_vec();
+        while self.passes.front().is_some_and(|record| *record <= self.records) {
+            self.passes.pop_front();
+        }
+        self.records > before
     }
 
     /// Records that are confirmed.
     #[must_use]
     pub fn records(&self) -> u64 {
         self.records
+    }
+
+    /// What is to be confirmed next; `None`: nothing is on its way.
+    #[must_use]
+    pub fn next(&self) -> Option<Unconfirmed> {
+        let next = self.records.checked_add(1).filter(|next| *next <= self.sent)?;
+        let is_pass = self.passes.front() == Some(&next);
+        Some(if is_pass { Unconfirmed::Pass } else { Unconfirmed::Data })
     }
 }
 
@@ -386,5 +421,26 @@ mod tests {
         take(&7_u64.to_le_bytes(), 7);
         take(&[8, 0, 0], 7);
         take(&[0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0], 8);
+    }
+    #[test]
+    fn what_is_to_be_confirmed_next_is_known() {
+        let mut confirmed = Confirmations::default();
+        let pass = pass_record(0).unwrap();
+        let data = libxc::page_data_head(&[]).unwrap();
+        assert_eq!(confirmed.next(), None);
+        for record in [&pass, &data, &data, &pass] {
+            confirmed.note_sent(record);
+        }
+        let mut next = |records: u64, is_news| {
+            assert_eq!(confirmed.take(&records.to_le_bytes()), is_news);
+            confirmed.next()
+        };
+        assert_eq!(next(0, false), Some(Unconfirmed::Pass));
+        assert_eq!(next(1, true), Some(Unconfirmed::Data));
+        assert_eq!(next(1, false), Some(Unconfirmed::Data));
+        assert_eq!(next(2, true), Some(Unconfirmed::Data));
+        assert_eq!(next(3, true), Some(Unconfirmed::Pass));
+        assert_eq!(next(4, true), None);
+        assert_eq!(next(u64::MAX, true), None);
     }
 }

@@ -9,10 +9,11 @@ use rxl_migrate::fake::FakePages;
 use rxl_migrate::frame::PageBuf;
 use rxl_migrate::hypervisor::{ForeignPages, PagePiece, PageSlot, StreamIn, StreamOut};
 use rxl_migrate::source::workers::Confirmed;
-use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations};
+use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations, Unconfirmed};
 use rxl_migrate::target::links::LinkIn;
 
 use crate::pipe::PipeId;
+use crate::plant::Plant;
 use crate::process::Process;
 use crate::world::Cond;
 
@@ -20,6 +21,9 @@ use crate::world::Cond;
 const HEARTBEAT: u64 = 1_000;
 /// How long a sender waits for a word of the receiver.
 const SILENCE_MAX: u64 = 5_000;
+/// How long it waits for page data to be confirmed or taken, and for a pass to begin.
+const STALL_MAX: u64 = 30_000;
+const TURN_MAX: u64 = 120_000;
 
 /// The sender's end.
 pub(crate) struct SendingLink<'a, 'b> {
@@ -39,6 +43,8 @@ pub(crate) struct Watch<'a, 'b> {
 struct Heard {
     confirmed: Confirmations,
     at: u64,
+    /// When something was confirmed.
+    got_on: u64,
 }
 
 impl<'a, 'b> SendingLink<'a, 'b> {
@@ -49,6 +55,11 @@ impl<'a, 'b> SendingLink<'a, 'b> {
     /// For whoever else makes this process wait.
     pub(crate) fn watch(&self) -> Watch<'a, 'b> {
         self.watch.clone()
+    }
+
+    /// One record begins so.
+    fn note_sent(&self, head: &[u8]) {
+        self.watch.heard.borrow_mut().confirmed.note_sent(head);
     }
 
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -81,7 +92,9 @@ impl Watch<'_, '_> {
     fn take(&self, bytes: &[u8]) {
         let mut heard = self.heard.borrow_mut();
         heard.at = self.process.world().now;
-        heard.confirmed.take(bytes);
+        if heard.confirmed.take(bytes) {
+            heard.got_on = heard.at;
+        }
     }
 
     /// Waits for `wanted`, and hears what comes meanwhile.
@@ -98,17 +111,35 @@ impl Watch<'_, '_> {
         let tick = Cond::At(self.process.world().now + HEARTBEAT);
         self.process.wait([wanted, Cond::Readable(self.back), tick, Cond::Never]);
         self.hear()?;
+        self.check(started)
+    }
+
+    fn check(&self, started: u64) -> io::Result<()> {
         let mut world = self.process.world();
-        if world.now - self.heard.borrow().at.max(started) > SILENCE_MAX {
-            world.facts.coverage.count("links: one given up after silence");
-            return Err(ErrorKind::TimedOut.into());
-        }
-        Ok(())
+        let (heard, now) = (self.heard.borrow(), world.now);
+        // The second mistake would cost the links that wait, and that be all.
+        let mistakes = [Plant::StalledLinkKept, Plant::IdleLinkUnwatched];
+        let limit = match heard.confirmed.next() {
+            _ if world.plan.plant.is_some_and(|plant| mistakes.contains(&plant)) => u64::MAX,
+            None => u64::MAX,
+            Some(Unconfirmed::Data) => STALL_MAX,
+            Some(Unconfirmed::Pass) => TURN_MAX,
+        };
+        let why = if now - heard.at.max(started) > SILENCE_MAX {
+            "links: one given up after silence"
+        } else if now - heard.got_on.max(started) > limit {
+            "links: one given up that does not get on"
+        } else {
+            return Ok(());
+        };
+        world.facts.coverage.count(why);
+        Err(ErrorKind::TimedOut.into())
     }
 }
 
 impl StreamOut<FakePages> for SendingLink<'_, '_> {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.note_sent(bytes);
         self.put(bytes)
     }
 
@@ -118,6 +149,7 @@ impl StreamOut<FakePages> for SendingLink<'_, '_> {
         pages: &FakePages,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
+        self.note_sent(head);
         self.put(head)?;
         let mut buffer = PageBuf::zeroed();
         pieces.iter().try_for_each(|piece| self.put(&piece_of(pages, piece, &mut buffer).0))
@@ -158,6 +190,8 @@ impl Confirmed for SendingLink<'_, '_> {
 pub(crate) struct ReceivingLink<'a, 'b> {
     there: PipeId,
     heartbeat: Heartbeat<'a, 'b>,
+    /// It never gets past this record.
+    hangs_at: Option<u64>,
 }
 
 /// What the receiver says, and repeats while it waits.
@@ -178,8 +212,14 @@ struct Said {
 }
 
 impl<'a, 'b> ReceivingLink<'a, 'b> {
-    pub(crate) fn new(process: &'a Process<'b>, there: PipeId, back: PipeId) -> Self {
-        ReceivingLink { there, heartbeat: Heartbeat { process, back, said: Rc::default() } }
+    pub(crate) fn new(
+        process: &'a Process<'b>,
+        there: PipeId,
+        back: PipeId,
+        hangs_at: Option<u64>,
+    ) -> Self {
+        let heartbeat = Heartbeat { process, back, said: Rc::default() };
+        ReceivingLink { there, heartbeat, hangs_at }
     }
 
     /// For whoever else makes this process wait.
@@ -253,7 +293,15 @@ impl StreamIn<FakePages> for ReceivingLink<'_, '_> {
 
 impl LinkIn<FakePages> for ReceivingLink<'_, '_> {
     fn confirm(&mut self, records: u64) -> io::Result<()> {
-        self.heartbeat.process.step();
+        let process = self.heartbeat.process;
+        process.step();
+        if self.hangs_at == Some(records) {
+            process.world().facts.coverage.count("links: a worker that hangs");
+            loop {
+                self.heartbeat.beat()?;
+                process.sleep(HEARTBEAT);
+            }
+        }
         self.heartbeat.said.borrow_mut().confirmed = records;
         self.heartbeat.beat()
     }

@@ -353,7 +353,7 @@ impl Plan {
 
     /// Something that costs links, and nothing else.
     fn add_link_fault(&mut self, dice: &mut Dice) {
-        match dice.within(0, 5) {
+        match dice.within(0, 6) {
             0..=1 => self.ways.add_cut(dice),
             2..=3 => {
                 let count = self.ways.links.len() as u64 - 1;
@@ -363,7 +363,8 @@ impl Plan {
             4 if self.ways.stream_workers == 0 => {
                 self.add_trigger(dice, |_| Act::Kill(Role::SaveWorker));
             }
-            _ => self.add_trigger(dice, |_| Act::Kill(Role::RestoreWorker)),
+            4..=5 => self.add_trigger(dice, |_| Act::Kill(Role::RestoreWorker)),
+            _ => self.ways.add_hang(dice),
         }
     }
 

@@ -46,12 +46,14 @@ pub enum Plant {
     ConfirmationsNotAwaited,
     /// A link that has nothing to send is not watched.
     IdleLinkUnwatched,
+    /// A link whose receiver is there and does not get on is not given up.
+    StalledLinkKept,
     /// Who fails or dies while it writes to a shared stream keeps its turn.
     TurnKept,
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 19] = [
+pub const PLANTS: [Plant; 20] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -70,6 +72,7 @@ pub const PLANTS: [Plant; 19] = [
     Plant::LostPagesForgotten,
     Plant::ConfirmationsNotAwaited,
     Plant::IdleLinkUnwatched,
+    Plant::StalledLinkKept,
     Plant::TurnKept,
 ];
 

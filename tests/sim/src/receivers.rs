@@ -131,7 +131,9 @@ fn run(process: &Process<'_>, domain: FakeDomain, socket: Socket) -> Result<()> 
     let told = socket.receive::<(Offer, u8)>(process).map_err(failed)?;
     let Some((offer, link)) = told else { return Ok(()) };
     let connection = open_link(process, &offer, link).map_err(failed)?;
-    let mut input = ReceivingLink::new(process, connection.there, connection.back);
+    let plan = process.world().plan.ways.links.get(usize::from(link)).cloned();
+    let hangs_at = plan.and_then(|plan| plan.hangs_at);
+    let mut input = ReceivingLink::new(process, connection.there, connection.back, hangs_at);
     let mut owner = Asking { socket, heartbeat: input.heartbeat() };
     work(&Stepped::new(process, domain), &mut input, &mut owner)
 }

@@ -25,6 +25,8 @@ pub(crate) struct LinkPlan {
     rate: u64,
     capacity: usize,
     cuts: [Option<u64>; 2],
+    /// The receiver's worker never gets past this record, and goes on to say that it is there.
+    pub(crate) hangs_at: Option<u64>,
 }
 
 impl Ways {
@@ -62,6 +64,12 @@ impl Ways {
         self.links[index].cuts[usize::from(!there)] = Some(bytes);
     }
 
+    /// The worker of one of the links hangs, at the target.
+    pub(crate) fn add_hang(&mut self, dice: &mut Dice) {
+        let index = dice.0.index(self.links.len());
+        self.links[index].hangs_at = Some(dice.within(1, 20));
+    }
+
     /// Links that are cut do not come any more.
     pub(crate) fn cut(&mut self, which: impl Fn(u8) -> bool) {
         for (link, plan) in (0..).zip(&mut self.links) {
@@ -91,6 +99,7 @@ impl LinkPlan {
             rate: if slow { dice.one_of(&[5, 20]) } else { dice.one_of(&[1_000, 1_000_000]) },
             capacity: dice.one_of(&[4_096, 32_768, 262_144]),
             cuts: [None; 2],
+            hangs_at: None,
         }
     }
 

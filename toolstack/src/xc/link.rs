@@ -6,7 +6,8 @@
 //! a sender that must wait, because the connection takes no more, can tell a peer that is busy
 //! from one that is gone, which TCP alone cannot (it knows neither a peer that reads nothing, nor,
 //! for many minutes, one that is cut off). After [`SILENCE_MAX`] without a byte it gives the link
-//! up, and what was not confirmed goes another way.
+//! up, and what was not confirmed goes another way. So it does if it hears of the receiver and
+//! nothing gets on: after [`STALL_MAX`], or [`TURN_MAX`] where the receiver may wait for others.
 //!
 //! # Safety
 //! One call of `setsockopt` with an integer.
@@ -23,7 +24,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, sockopt};
 use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
 use rxl_migrate::source::workers::Confirmed;
-use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations};
+use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations, Unconfirmed};
 use rxl_migrate::target::links::LinkIn;
 
 use super::foreign::Mapping;
@@ -36,11 +37,16 @@ const HEARTBEAT: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 /// How long a sender waits for a word of the receiver. It is part of the pause if a link is cut
 /// off during the last pass, and must be long for a busy host to be silent.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
+/// How long it waits for page data to be confirmed, or for the connection to take some of it.
+const STALL_MAX: Duration = Duration::from_secs(30);
+/// How long it waits for the receiver to begin a pass, which needs that all other links are through
+/// with the one before: those that are not must have been given up meanwhile.
+const TURN_MAX: Duration = Duration::from_secs(120);
 /// Bytes that a connection may hold without having sent them. With more, a slow link would take
 /// batches that another could have sent meanwhile; with less, it could run dry between two writes.
 const UNSENT_BYTES_MAX: libc::c_int = 256 << 10;
 
-/// The sender's end.
+/// The sender's end. What is written to it at a time is one record.
 #[derive(Debug)]
 pub struct SendingLink {
     out: FdOut<OwnedFd, Listening>,
@@ -51,6 +57,8 @@ pub struct SendingLink {
 pub(super) struct Listening {
     confirmed: Confirmations,
     heard: Instant,
+    /// When something was confirmed.
+    got_on: Instant,
     /// Time spent waiting.
     pub(super) stalled: Duration,
 }
@@ -92,8 +100,13 @@ fn limit_unsent(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 impl Listening {
     pub(super) fn new() -> Listening {
-        let (confirmed, heard) = (Confirmations::default(), Instant::now());
-        Listening { confirmed, heard, stalled: Duration::ZERO }
+        let (confirmed, now) = (Confirmations::default(), Instant::now());
+        Listening { confirmed, heard: now, got_on: now, stalled: Duration::ZERO }
+    }
+
+    /// Notes that the record that begins with `head` is about to be sent.
+    pub(super) fn note_sent(&mut self, head: &[u8]) {
+        self.confirmed.note_sent(head);
     }
 
     /// Records that are confirmed.
@@ -127,13 +140,28 @@ impl Listening {
         }
     }
 
-    /// Whether the receiver has not been silent for too long, since `started` at least.
+    /// Whether the link is of use still: neither has the receiver been silent for too long, nor
+    /// has what it has to confirm been waiting for too long, since `started` at least, when the
+    /// connection had taken something.
     pub(super) fn check(&self, started: Instant) -> io::Result<()> {
-        if self.heard.max(started).elapsed() <= SILENCE_MAX {
-            return Ok(());
+        self.check_at(started, Instant::now())
+    }
+
+    fn check_at(&self, started: Instant, now: Instant) -> io::Result<()> {
+        let since = |last: Instant| now.saturating_duration_since(last.max(started));
+        let too_late = |why| Err(io::Error::new(ErrorKind::TimedOut, why));
+        if since(self.heard) > SILENCE_MAX {
+            return too_late(format!("nothing was heard of the receiver for {SILENCE_MAX:?}"));
         }
-        let why = format!("nothing was heard of the receiver for {SILENCE_MAX:?}");
-        Err(io::Error::new(ErrorKind::TimedOut, why))
+        let limit = match self.confirmed.next() {
+            None => return Ok(()),
+            Some(Unconfirmed::Data) => STALL_MAX,
+            Some(Unconfirmed::Pass) => TURN_MAX,
+        };
+        if since(self.got_on) > limit {
+            return too_late(format!("the receiver has not got on for {limit:?}"));
+        }
+        Ok(())
     }
 
     /// Takes what has come. Does not wait.
@@ -153,7 +181,9 @@ impl Listening {
     /// Takes bytes that have come.
     pub(super) fn take(&mut self, bytes: &[u8]) {
         self.heard = Instant::now();
-        self.confirmed.take(bytes);
+        if self.confirmed.take(bytes) {
+            self.got_on = self.heard;
+        }
     }
 
     /// Waits for `wanted`, and hears what comes meanwhile. `true`: it is there.
@@ -181,6 +211,7 @@ impl Wait for Listening {
 
 impl StreamOut<Mapping> for SendingLink {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.out.waiting.note_sent(bytes);
         self.out.write_all(bytes)
     }
 
@@ -190,6 +221,7 @@ impl StreamOut<Mapping> for SendingLink {
         pages: &Mapping,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
+        self.out.waiting.note_sent(head);
         self.out.write_pages(head, pages, pieces)
     }
 }
@@ -377,6 +409,8 @@ mod tests {
     use std::thread;
 
     use rxl_migrate::frame::{PAGE_SIZE, PageBuf};
+    use rxl_migrate::stream::libxc::page_data_head;
+    use rxl_migrate::stream::link::pass_record;
 
     use super::*;
 
@@ -442,6 +476,31 @@ mod tests {
         let error = link.write_all(&vec![9; 64 << 20]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
         assert!(started.elapsed() > SILENCE_MAX);
+    }
+
+    /// Its heartbeats come. What waits for others may wait longer.
+    #[test]
+    fn a_receiver_that_does_not_get_on_is_given_up() {
+        let started = Instant::now();
+        let mut listening = Listening::new();
+        let refuses = |listening: &mut Listening, after: Duration| {
+            let now = started + after;
+            listening.heard = now;
+            listening.check_at(started, now).is_err()
+        };
+        let second = Duration::from_secs(1);
+        assert!(!refuses(&mut listening, 2 * TURN_MAX), "nothing is on its way");
+        listening.note_sent(&pass_record(0).unwrap());
+        listening.note_sent(&page_data_head(&[]).unwrap());
+        listening.got_on = started;
+        assert!(!refuses(&mut listening, TURN_MAX - second));
+        assert!(refuses(&mut listening, TURN_MAX + second));
+        listening.take(&1_u64.to_le_bytes());
+        listening.got_on = started + TURN_MAX;
+        assert!(!refuses(&mut listening, TURN_MAX + STALL_MAX - second));
+        assert!(refuses(&mut listening, TURN_MAX + STALL_MAX + second));
+        let now = started + TURN_MAX + STALL_MAX + second;
+        assert!(listening.check_at(now - second, now).is_ok(), "the connection has taken some");
     }
 
     /// Nothing is to be sent, so nothing else would tell.

@@ -23,7 +23,7 @@ use crate::tls::{Identity, Tls};
 /// Bytes that are encrypted at a time: few enough to stay in the cache, and 16 of TLS's records.
 const PIECE_BYTES: usize = 256 << 10;
 
-/// The sender's end.
+/// The sender's end. What is written to it at a time is one record.
 #[derive(Debug)]
 pub struct SealedOut {
     tls: Tls,
@@ -118,6 +118,7 @@ impl SealedOut {
 
 impl StreamOut<Mapping> for SealedOut {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.listening.note_sent(bytes);
         self.gather(bytes)?;
         self.send_piece()
     }
@@ -128,6 +129,7 @@ impl StreamOut<Mapping> for SealedOut {
         pages: &Mapping,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
+        self.listening.note_sent(head);
         self.gather(head)?;
         let mut page = PageBuf::zeroed();
         for piece in pieces {
