@@ -77,14 +77,13 @@ impl<'a, 'b> SendingLink<'a, 'b> {
 }
 
 impl Watch<'_, '_> {
-    /// Takes what has come. Does not wait.
+    /// Takes some of what has come. Does not wait.
     fn hear(&self) -> io::Result<()> {
         let mut bytes = [0; 64 * CONFIRMATION_BYTES];
-        while let Some(read) = self.process.try_read(self.back, &mut bytes) {
-            match read? {
-                0 => return Err(ErrorKind::ConnectionReset.into()),
-                count => self.take(bytes.get(..count).unwrap_or_default()),
-            }
+        match self.process.try_read(self.back, &mut bytes).transpose()? {
+            Some(0) => return Err(ErrorKind::ConnectionReset.into()),
+            Some(count) => self.take(bytes.get(..count).unwrap_or_default()),
+            None => {}
         }
         Ok(())
     }

@@ -164,17 +164,18 @@ impl Listening {
         Ok(())
     }
 
-    /// Takes what has come. Does not wait.
+    /// Takes some of what has come: however much a receiver says, it does not keep the sender
+    /// busy. Does not wait.
     fn hear(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut bytes = [0; 64 * CONFIRMATION_BYTES];
-        loop {
-            match rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Err(ErrorKind::ConnectionReset.into()),
-                Ok((count, _)) => self.take(bytes.get(..count).unwrap_or_default()),
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+        match rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
+            Ok((0, _)) => Err(ErrorKind::ConnectionReset.into()),
+            Ok((count, _)) => {
+                self.take(bytes.get(..count).unwrap_or_default());
+                Ok(())
             }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -501,6 +502,20 @@ mod tests {
         assert!(refuses(&mut listening, TURN_MAX + STALL_MAX + second));
         let now = started + TURN_MAX + STALL_MAX + second;
         assert!(listening.check_at(now - second, now).is_ok(), "the connection has taken some");
+    }
+
+    /// It does so for as long as it is listened to.
+    #[test]
+    fn a_receiver_that_says_very_much_does_not_keep_the_sender_busy() {
+        let (ours, theirs) = pair();
+        let mut link = SendingLink::new(ours).unwrap();
+        let talker = thread::spawn(move || {
+            let words = [0; 1 << 16];
+            while rustix::io::write(&theirs, &words).is_ok() {}
+        });
+        (0..1000).for_each(|_| assert_eq!(link.confirmed().unwrap(), 0));
+        drop(link);
+        talker.join().unwrap();
     }
 
     /// Nothing is to be sent, so nothing else would tell.
