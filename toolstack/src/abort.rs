@@ -5,6 +5,8 @@
 //! handler therefore takes the stream away: it puts a descriptor in its place that cannot be
 //! written, so that a write in progress ends with `EINTR`, as it does without `SA_RESTART`, and
 //! every later one with `EBADF`. A flag alone would leave a gap between its test and the write.
+//! Other calls that may wait for long (for a turn, a message) have no descriptor that could be
+//! taken away. For them the signal comes again, as SIGALRM, every second from then on.
 //!
 //! `EINTR` reaches only the thread that took the signal, so other threads leave it to the main one
 //! ([`leave_to_others`]).
@@ -13,8 +15,8 @@
 //! only libxl, or `rxl`, decides, and the helper ignores the terminal's signals.
 //!
 //! # Safety
-//! A signal handler may only do what is async-signal-safe: here atomics and `dup2`, and `errno` is
-//! put back.
+//! A signal handler may only do what is async-signal-safe: here atomics, `dup2` and `alarm`, and
+//! `errno` is put back.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -27,6 +29,8 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 /// The stream and what takes its place; -1: none.
 static STREAM: AtomicI32 = AtomicI32::new(-1);
 static NULL: AtomicI32 = AtomicI32::new(-1);
+/// After how many seconds the signal comes again.
+const AGAIN_SECONDS: libc::c_uint = 1;
 
 /// Whether SIGTERM came.
 #[must_use]
@@ -46,7 +50,9 @@ pub fn install(stream: BorrowedFd<'_>) -> io::Result<()> {
     NULL.store(null.into_raw_fd(), Ordering::SeqCst);
     STREAM.store(stream.as_raw_fd(), Ordering::SeqCst);
     let handler: extern "C" fn(libc::c_int) = on_term;
-    set_action(libc::SIGTERM, handler as libc::sighandler_t)
+    [libc::SIGTERM, libc::SIGALRM]
+        .into_iter()
+        .try_for_each(|signal| set_action(signal, handler as libc::sighandler_t))
 }
 
 /// Ignores SIGINT and SIGHUP, which a terminal sends to all that runs on it, and SIGPIPE, so that
@@ -67,8 +73,10 @@ pub(crate) fn leave_to_others() {
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: makes it the empty set.
     unsafe { libc::sigemptyset(&raw mut set) };
-    // SAFETY: a set and a signal that exists.
-    unsafe { libc::sigaddset(&raw mut set, libc::SIGTERM) };
+    for signal in [libc::SIGTERM, libc::SIGALRM] {
+        // SAFETY: a set and a signal that exists.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
     // SAFETY: a complete set; where the old one goes is not wanted.
     unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
 }
@@ -82,6 +90,8 @@ extern "C" fn on_term(_signal: libc::c_int) {
     let (null, stream) = (NULL.load(Ordering::SeqCst), STREAM.load(Ordering::SeqCst));
     // SAFETY: async-signal-safe; both were open when the handler was installed, and stay so.
     unsafe { libc::dup2(null, stream) };
+    // SAFETY: async-signal-safe.
+    unsafe { libc::alarm(AGAIN_SECONDS) };
     // SAFETY: as above.
     unsafe { errno.write(before) };
 }
@@ -194,6 +204,24 @@ mod tests {
         let mut got = Vec::new();
         reader.read_to_end(&mut got).unwrap();
         assert!(got.is_empty());
+    }
+
+    #[test]
+    fn sigterm_just_before_any_other_wait_is_not_missed() {
+        let (reader, writer) = pipe().unwrap();
+        let status = fork(
+            || {
+                install(writer.as_fd())?;
+                // SAFETY: to this process, whose handler is async-signal-safe.
+                unsafe { libc::raise(libc::SIGTERM) };
+                match rustix::io::read(&reader, &mut [0; 1]) {
+                    Err(rustix::io::Errno::INTR) if requested() => Ok(()),
+                    _ => Err(io::ErrorKind::Other.into()),
+                }
+            },
+            |_| {},
+        );
+        assert_eq!(status, 0);
     }
 
     #[test]
