@@ -9,7 +9,8 @@
 //! taken away. For them the signal comes again, as SIGALRM, every second from then on.
 //!
 //! `EINTR` reaches only the thread that took the signal, so other threads leave it to the main one
-//! ([`leave_to_others`]).
+//! ([`Stop::heed`]). Whoever started them ends what they wait for, by a signal of their own, again
+//! and again until they are gone ([`Stop::end`]).
 //!
 //! What it is not: the decision to stop. Ctrl-C on a terminal signals all processes of the group;
 //! only libxl, or `rxl`, decides, and the helper ignores the terminal's signals.
@@ -19,23 +20,36 @@
 //! `errno` is put back.
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
+thread_local! {
+    /// What stops this thread.
+    static STOP: RefCell<Option<Stop>> = const { RefCell::new(None) };
+}
 /// The stream and what takes its place; -1: none.
 static STREAM: AtomicI32 = AtomicI32::new(-1);
 static NULL: AtomicI32 = AtomicI32::new(-1);
 /// After how many seconds the signal comes again.
 const AGAIN_SECONDS: libc::c_uint = 1;
+/// What ends a wait of another thread, and how often it is sent: it may come before the wait.
+const INTERRUPT: libc::c_int = libc::SIGUSR1;
+const INTERRUPT_EVERY: Duration = Duration::from_millis(10);
 
-/// Whether SIGTERM came.
+/// Whether SIGTERM came, or this thread is to stop.
 #[must_use]
 pub fn requested() -> bool {
-    REQUESTED.load(Ordering::SeqCst)
+    let stopped = |stop: &Stop| stop.0.load(Ordering::SeqCst);
+    REQUESTED.load(Ordering::SeqCst) || STOP.with_borrow(|stop| stop.as_ref().is_some_and(stopped))
 }
 
 /// From now on SIGTERM makes [`requested`] true and `stream` useless, and the terminal's signals
@@ -67,19 +81,51 @@ pub fn ignore_terminal() -> io::Result<()> {
         .try_for_each(|signal| set_action(signal, libc::SIG_IGN))
 }
 
-/// Keeps SIGTERM away from this thread, for one that has somebody to stop it.
-pub(crate) fn leave_to_others() {
-    // SAFETY: a set of signals, for which zeros are memory like any other.
-    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-    // SAFETY: makes it the empty set.
-    unsafe { libc::sigemptyset(&raw mut set) };
-    for signal in [libc::SIGTERM, libc::SIGALRM] {
-        // SAFETY: a set and a signal that exists.
-        unsafe { libc::sigaddset(&raw mut set, signal) };
+/// How one thread stops another, whatever that waits for.
+#[derive(Clone, Debug)]
+pub(crate) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// For a thread that is to be started.
+    ///
+    /// # Errors
+    /// A signal cannot be handled.
+    pub(crate) fn new() -> io::Result<Stop> {
+        let handler: extern "C" fn(libc::c_int) = on_interrupt;
+        set_action(INTERRUPT, handler as libc::sighandler_t)?;
+        Ok(Stop(Arc::default()))
     }
-    // SAFETY: a complete set; where the old one goes is not wanted.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+
+    /// From now on this is what stops this thread, and SIGTERM is for others.
+    pub(crate) fn heed(self) {
+        STOP.set(Some(self));
+        // SAFETY: a set of signals, for which zeros are memory like any other.
+        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+        // SAFETY: makes it the empty set.
+        unsafe { libc::sigemptyset(&raw mut set) };
+        for signal in [libc::SIGTERM, libc::SIGALRM] {
+            // SAFETY: a set and a signal that exists.
+            unsafe { libc::sigaddset(&raw mut set, signal) };
+        }
+        // SAFETY: a complete set; where the old one goes is not wanted.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    }
+
+    /// Waits until `thread`, which heeds this, has come to its end.
+    pub(crate) fn end(&self, thread: JoinHandle<()>) {
+        self.0.store(true, Ordering::SeqCst);
+        while !thread.is_finished() {
+            // SAFETY: a thread that has not been joined, and a signal that is handled.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), INTERRUPT) };
+            thread::sleep(INTERRUPT_EVERY);
+        }
+        // If it panicked, it has said so.
+        let _ = thread.join();
+    }
 }
+
+/// That it is handled is all: a call that waits returns.
+extern "C" fn on_interrupt(_signal: libc::c_int) {}
 
 extern "C" fn on_term(_signal: libc::c_int) {
     // SAFETY: the address of this thread's `errno`, which always exists.
@@ -112,7 +158,7 @@ fn set_action(signal: libc::c_int, action: libc::sighandler_t) -> io::Result<()>
 mod tests {
     use std::io::{PipeReader, PipeWriter, Read, pipe};
     use std::os::fd::AsFd;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use rxl_migrate::hypervisor::StreamOut;
 
@@ -160,10 +206,10 @@ mod tests {
         let end = Instant::now() + Duration::from_secs(30);
         while rustix::io::ioctl_fionread(pipe).unwrap() < PIPE_BYTES as u64 {
             assert!(Instant::now() < end, "the child does not write");
-            std::thread::sleep(Duration::from_millis(2));
+            thread::sleep(Duration::from_millis(2));
         }
         // It may still be on its way from a full pipe to its sleep.
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
 
     #[test]
@@ -251,7 +297,7 @@ mod tests {
             || {
                 ignore_terminal()?;
                 write(&writer, 1)?;
-                std::thread::sleep(Duration::from_secs(60));
+                thread::sleep(Duration::from_secs(60));
                 Ok(())
             },
             |pid| {

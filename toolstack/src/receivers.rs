@@ -207,7 +207,7 @@ mod tests {
     /// One worker, whose link brings nothing; after a while it asks for pass 7.
     fn with_worker(stream: BorrowedFd<'_>, asks: bool) -> Openers<'_> {
         let mut openers = Openers::new("false".into(), DomId(1), stream);
-        let worker = Worker::thread(None, move |socket| {
+        let worker = Worker::thread(move |socket| {
             thread::sleep(Duration::from_millis(50));
             if asks {
                 messages::send(socket.as_fd(), &Ask::Pass(7)).unwrap();

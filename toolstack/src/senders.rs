@@ -208,7 +208,7 @@ impl Pool {
             }
             Mode::Thread => {
                 let turn = turn.another()?;
-                Worker::thread(None, move |socket| {
+                Worker::thread(move |socket| {
                     let out = SharedOut::new(FdOut::new(stream), Some(turn));
                     say_if_failed(serve(domain, out, &socket));
                 })
@@ -231,7 +231,7 @@ impl Pool {
                 }
                 Ok(worker)
             }
-            Mode::Thread => Worker::thread(Some(connection.try_clone()?), move |socket| {
+            Mode::Thread => Worker::thread(move |socket| {
                 say_if_failed(serve_link(domain, connection, &assignment, &socket));
             }),
         }
@@ -408,6 +408,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::xc::PIPE_BYTES;
 
     #[test]
     fn a_worker_that_ends_is_missed() {
@@ -500,5 +501,27 @@ mod tests {
         // What the kernel does when a process ends.
         drop(killed);
         next.join().unwrap().unwrap();
+    }
+
+    /// One writes to a peer that reads nothing, the other waits for its turn.
+    #[test]
+    fn threads_end_whatever_they_wait_for() {
+        let (reader, writer) = io::pipe().unwrap();
+        let turn = Turn::new().unwrap();
+        let workers = [(); 2].map(|()| {
+            let out = FdOut::new(writer.try_clone().unwrap());
+            let mut out = SharedOut::new(out, Some(turn.another().unwrap()));
+            Worker::thread(move |_socket| {
+                let bytes = vec![7; 2 * PIPE_BYTES];
+                let written = StreamOut::<crate::xc::Mapping>::write_all(&mut out, &bytes);
+                assert!(written.is_err());
+            })
+            .unwrap()
+        });
+        while rustix::io::ioctl_fionread(&reader).unwrap() < PIPE_BYTES as u64 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        drop(workers);
+        assert!(turn.another().unwrap().take().is_ok());
     }
 }

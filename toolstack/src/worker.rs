@@ -1,8 +1,7 @@
 //! A worker of the save helper: a process, or a thread of this one, with a socket to talk over.
 //!
-//! A worker ends when its socket does, and its socket ends when it does. Processes die with the one
-//! that started them, too. A thread ends only as soon as it notices, which needs that its
-//! connection, if it has one, is shut down.
+//! A worker ends when its socket does, and its socket ends when it does. Processes are killed, and
+//! die with the one that started them; a thread is woken from whatever it waits for.
 
 use std::ffi::OsStr;
 use std::io;
@@ -13,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use rustix::net::Shutdown;
 use rustix::process::Signal;
 
-use crate::abort;
+use crate::abort::{self, Stop};
 use crate::messages;
 
 /// What workers are.
@@ -39,8 +38,7 @@ enum Kind {
     Thread {
         /// `None` once it has been waited for.
         thread: Option<JoinHandle<()>>,
-        /// Its connection, to be shut down.
-        connection: Option<OwnedFd>,
+        stop: Stop,
     },
 }
 
@@ -54,20 +52,18 @@ impl Worker {
         Ok(Worker { socket, kind: Kind::Process(child) })
     }
 
-    /// Starts a thread that does `work` with its end of the socket. `connection`: what it may wait
-    /// for, if it is a connection.
-    pub(crate) fn thread(
-        connection: Option<OwnedFd>,
-        work: impl FnOnce(OwnedFd) + Send + 'static,
-    ) -> io::Result<Worker> {
+    /// Starts a thread that does `work` with its end of the socket.
+    pub(crate) fn thread(work: impl FnOnce(OwnedFd) + Send + 'static) -> io::Result<Worker> {
         let (socket, theirs) = messages::pair()?;
+        let stop = Stop::new()?;
+        let heeded = stop.clone();
         let start = move || {
             // The signal that ends the helper is for the thread that cleans up.
-            abort::leave_to_others();
+            heeded.heed();
             work(theirs);
         };
         let thread = Some(thread::Builder::new().name("worker".into()).spawn(start)?);
-        Ok(Worker { socket, kind: Kind::Thread { thread, connection } })
+        Ok(Worker { socket, kind: Kind::Thread { thread, stop } })
     }
 
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
@@ -94,14 +90,11 @@ impl Drop for Worker {
                 let _ = child.kill();
                 let _ = child.wait();
             }
-            Kind::Thread { thread, connection } => {
-                // It waits for one of them at most, and notices.
+            Kind::Thread { thread, stop } => {
+                // One that waits for nothing notices where it looks for the next message.
                 let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
-                if let Some(connection) = connection {
-                    let _ = rustix::net::shutdown(connection, Shutdown::Both);
-                }
                 if let Some(thread) = thread.take() {
-                    let _ = thread.join();
+                    stop.end(thread);
                 }
             }
         }
