@@ -3,11 +3,17 @@
 
 use crate::frame::Pfn;
 
+/// What is looked at in one go, a line of the cache.
+const LINE_BYTES: usize = 64;
+const LINE_WORDS: usize = LINE_BYTES / 8;
+
 /// Bits for pfns `0..len`. The bits past `len` in the last word are always clear.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PageBitmap {
     words: Vec<u64>,
     len: u64,
+    /// Number of bits set, so that nobody has to go through a large bitmap for it.
+    count: u64,
 }
 
 impl PageBitmap {
@@ -15,16 +21,7 @@ impl PageBitmap {
     #[must_use]
     pub fn new(len: u64) -> PageBitmap {
         let words = usize::try_from(len.div_ceil(64)).unwrap_or(usize::MAX);
-        PageBitmap { words: vec![0; words], len }
-    }
-
-    /// All set, for pfns `0..len`.
-    #[must_use]
-    pub fn full(len: u64) -> PageBitmap {
-        let mut map = PageBitmap::new(len);
-        map.words.fill(u64::MAX);
-        map.clear_tail();
-        map
+        PageBitmap { words: vec![0; words], len, count: 0 }
     }
 
     /// Number of pfns covered (not of bits set).
@@ -42,43 +39,56 @@ impl PageBitmap {
     /// Sets the bit of `pfn`; a pfn outside is left alone.
     pub fn set(&mut self, pfn: Pfn) {
         if pfn.0 < self.len
-            && let Some(word) = self.word_mut(pfn)
+            && let Some(word) = index(pfn).and_then(|index| self.words.get_mut(index))
         {
-            *word |= 1 << (pfn.0 % 64);
+            self.count += join(word, bit(pfn));
         }
     }
 
     /// Clears the bit of `pfn`.
     pub fn clear(&mut self, pfn: Pfn) {
-        if let Some(word) = self.word_mut(pfn) {
-            *word &= !(1 << (pfn.0 % 64));
+        if let Some(word) = index(pfn).and_then(|index| self.words.get_mut(index)) {
+            self.count -= u64::from(*word & bit(pfn) != 0);
+            *word &= !bit(pfn);
         }
     }
 
     /// The bit of `pfn`; false outside.
     #[must_use]
     pub fn get(&self, pfn: Pfn) -> bool {
-        let word = usize::try_from(pfn.0 / 64).ok().and_then(|i| self.words.get(i));
-        word.is_some_and(|w| w >> (pfn.0 % 64) & 1 == 1)
+        let word = index(pfn).and_then(|index| self.words.get(index));
+        word.is_some_and(|word| word & bit(pfn) != 0)
     }
 
     /// Number of bits set.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|w| u64::from(w.count_ones())).sum()
+        self.count
+    }
+
+    /// Sets every bit.
+    pub fn set_all(&mut self) {
+        self.words.fill(u64::MAX);
+        self.count = 64 * self.words.len() as u64;
+        self.clear_tail();
     }
 
     /// Clears every bit.
     pub fn clear_all(&mut self) {
-        self.words.fill(0);
+        if self.count > 0 {
+            self.words.fill(0);
+            self.count = 0;
+        }
     }
 
-    /// Sets every bit that is set in `other`, as far as it is covered.
-    pub fn union(&mut self, other: &PageBitmap) {
-        for (word, add) in self.words.iter_mut().zip(&other.words) {
-            *word |= add;
+    /// Takes over all bits of `other`, as far as they are covered, and leaves it clear.
+    pub fn take(&mut self, other: &mut PageBitmap) {
+        if other.count > 0 {
+            let words = self.words.iter_mut().zip(&other.words);
+            self.count += words.map(|(word, add)| join(word, *add)).sum::<u64>();
+            self.clear_tail();
+            other.clear_all();
         }
-        self.clear_tail();
     }
 
     /// Grows to cover `0..len`, the new bits clear. Never shrinks.
@@ -89,17 +99,20 @@ impl PageBitmap {
         }
     }
 
-    /// Replaces the content by the little-endian bytes of a hypercall buffer; missing bytes are 0.
-    pub fn load_le_bytes(&mut self, bytes: &[u8]) {
-        let (whole, rest) = bytes.as_chunks::<8>();
-        let known = whole.len().min(self.words.len());
-        let (words, others) = self.words.split_at_mut(known);
-        words.iter_mut().zip(whole).for_each(|(word, le)| *word = u64::from_le_bytes(*le));
-        others.fill(0);
-        if let Some(word) = others.first_mut() {
-            let mut le = [0; 8];
-            le.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-            *word = u64::from_le_bytes(le);
+    /// Sets every bit that is set in the little-endian bytes of a hypercall buffer; missing bytes
+    /// are 0.
+    pub fn add_le_bytes(&mut self, bytes: &[u8]) {
+        for (words, bytes) in self.words.chunks_mut(LINE_WORDS).zip(bytes.chunks(LINE_BYTES)) {
+            // Most of a late pass is clear, and costs no more than to be read.
+            if bytes.iter().fold(0, |all, byte| all | byte) == 0 {
+                continue;
+            }
+            let (whole, rest) = bytes.as_chunks::<8>();
+            let mut last = [0; 8];
+            last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+            let added = whole.iter().chain([&last]).map(|word| u64::from_le_bytes(*word));
+            self.count +=
+                words.iter_mut().zip(added).map(|(word, add)| join(word, add)).sum::<u64>();
         }
         self.clear_tail();
     }
@@ -117,17 +130,32 @@ impl PageBitmap {
         })
     }
 
-    fn word_mut(&mut self, pfn: Pfn) -> Option<&mut u64> {
-        usize::try_from(pfn.0 / 64).ok().and_then(|i| self.words.get_mut(i))
-    }
-
     fn clear_tail(&mut self) {
         if !self.len.is_multiple_of(64)
             && let Some(last) = self.words.last_mut()
         {
-            *last &= (1 << (self.len % 64)) - 1;
+            let beyond = u64::MAX << (self.len % 64);
+            self.count -= u64::from((*last & beyond).count_ones());
+            *last &= !beyond;
         }
     }
+}
+
+/// Which word has the bit of `pfn`.
+fn index(pfn: Pfn) -> Option<usize> {
+    usize::try_from(pfn.0 / 64).ok()
+}
+
+/// The bit of `pfn` in its word.
+fn bit(pfn: Pfn) -> u64 {
+    1 << (pfn.0 % 64)
+}
+
+/// Sets the bits of `add` in `word`; how many of them were clear.
+fn join(word: &mut u64, add: u64) -> u64 {
+    let new = add & !*word;
+    *word |= add;
+    new.count_ones().into()
 }
 
 impl std::fmt::Debug for PageBitmap {
@@ -145,10 +173,26 @@ mod tests {
     #[test]
     fn a_full_bitmap_has_no_bit_past_its_length() {
         for len in [0, 1, 63, 64, 65, 1000] {
-            let map = PageBitmap::full(len);
+            let map = full(len);
             assert_eq!(map.count(), len);
             assert_eq!(map.iter().last(), len.checked_sub(1).map(Pfn));
         }
+    }
+
+    fn full(len: u64) -> PageBitmap {
+        let mut map = PageBitmap::new(len);
+        map.set_all();
+        map
+    }
+
+    fn with(len: u64, pfns: &[u64]) -> PageBitmap {
+        let mut map = PageBitmap::new(len);
+        pfns.iter().for_each(|pfn| map.set(Pfn(*pfn)));
+        map
+    }
+
+    fn pfns(map: &PageBitmap) -> BTreeSet<u64> {
+        map.iter().map(|pfn| pfn.0).collect()
     }
 
     proptest! {
@@ -176,14 +220,32 @@ mod tests {
 
         #[test]
         fn bytes_of_the_hypercall_are_bit_n_for_pfn_n(
-            bytes in prop::collection::vec(any::<u8>(), 0..40), len in 1_u64..400,
+            bytes in prop::collection::vec(prop_oneof![Just(0), any::<u8>()], 0..400),
+            len in 1_u64..4000,
+            before in prop::collection::vec(0_u64..4000, 0..20),
         ) {
-            let mut map = PageBitmap::full(len);
-            map.load_le_bytes(&bytes);
+            let mut map = with(len, &before);
+            let mut expected = pfns(&map);
+            map.add_le_bytes(&bytes);
             let byte = |p: u64| bytes.get((p / 8) as usize).copied().unwrap_or(0);
-            let expected = |p: u64| p < len && byte(p) >> (p % 8) & 1 == 1;
-            prop_assert!((0..400).all(|p| map.get(Pfn(p)) == expected(p)));
-            prop_assert_eq!(map.count(), (0..400).filter(|p| expected(*p)).count() as u64);
+            expected.extend((0..len).filter(|p| byte(*p) >> (p % 8) & 1 == 1));
+            prop_assert_eq!(map.count(), expected.len() as u64);
+            prop_assert_eq!(pfns(&map), expected);
+        }
+
+        #[test]
+        fn what_is_taken_over_is_in_one_bitmap_and_no_more_in_the_other(
+            lens in (1_u64..300, 1_u64..300),
+            one in prop::collection::vec(0_u64..300, 0..40),
+            other in prop::collection::vec(0_u64..300, 0..40),
+        ) {
+            let (mut one, mut other) = (with(lens.0, &one), with(lens.1, &other));
+            let mut expected = pfns(&one);
+            expected.extend(pfns(&other).iter().filter(|pfn| **pfn < lens.0));
+            one.take(&mut other);
+            prop_assert_eq!(one.count(), expected.len() as u64);
+            prop_assert_eq!(pfns(&one), expected);
+            prop_assert!(other == PageBitmap::new(lens.1));
         }
     }
 }

@@ -232,12 +232,12 @@ pub trait SourceDomain: Domain {
     /// The hypercall's.
     fn log_dirty_off(&self) -> HvResult<()>;
     /// Moves the dirty bits since the last call (or since on) into `bitmap`, which covers the
-    /// whole p2m, replacing its content. `last` also marks what Xen and the device model have
-    /// mapped. The number of dirty pages comes back.
+    /// whole p2m; what is set there stays set. `last` also marks what Xen and the device model
+    /// have mapped.
     ///
     /// # Errors
     /// The hypercall's.
-    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64>;
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<()>;
     /// Types of up to [`BATCH_PAGES_MAX`] frames, in order.
     ///
     /// # Errors

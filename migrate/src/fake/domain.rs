@@ -293,7 +293,7 @@ impl SourceDomain for FakeDomain {
         })
     }
 
-    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64> {
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<()> {
         self.call("log_dirty_clean", |xen| {
             let domain = xen.dom(self.id.0);
             let mut dirty = std::mem::take(domain.dirty.as_mut().ok_or(EINVAL)?);
@@ -307,9 +307,8 @@ impl SourceDomain for FakeDomain {
                 }
                 later => later.map(|readings| readings - 1),
             };
-            bitmap.clear_all();
             dirty.iter().for_each(|pfn| bitmap.set(Pfn(*pfn)));
-            Ok(dirty.len() as u64)
+            Ok(())
         })
     }
 

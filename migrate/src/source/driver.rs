@@ -78,7 +78,7 @@ struct Driver<'a, D: SourceDomain, O, T> {
     sender: PassSender<'a, D, O, T>,
     /// The state records, once they have been made.
     state: Option<Vec<u8>>,
-    /// Dirty bits read and pages not sent since.
+    /// What the next pass has to send, and, while it is under way, what it sends.
     pending: PageBitmap,
     log_dirty: bool,
     qemu_log_dirty: bool,
@@ -203,17 +203,15 @@ where
     }
 
     fn send_pass(&mut self, pass: u32, set: PageSet, last: bool) -> Result<()> {
-        let pages = self.sender.batches.space.pages();
-        let mut set = match set {
-            PageSet::All => PageBitmap::full(pages),
-            PageSet::Pending => std::mem::replace(&mut self.pending, PageBitmap::new(pages)),
-        };
+        if set == PageSet::All {
+            self.pending.set_all();
+        }
         if last {
-            set.union(&self.sender.due());
+            self.sender.add_due(&mut self.pending);
         }
         self.check_unmoved()?;
         let (info, state) = (&self.info, &mut self.state);
-        self.sender.send(pass, set, last, &mut |batches| {
+        self.sender.send(pass, &mut self.pending, last, &mut |batches| {
             if last && state.is_none() {
                 *state = Some(state_records(batches.domain, &batches.space, info)?);
             }
@@ -222,6 +220,9 @@ where
         self.check_unmoved()?;
         if last {
             self.sender.toolstack.event(&report::Event::MemorySent);
+        } else {
+            // In a large guest that takes a while, for which no suspended guest should wait.
+            self.pending.clear_all();
         }
         Ok(())
     }
@@ -235,10 +236,8 @@ where
     }
 
     fn read_dirty(&mut self, last: bool) -> Result<Event> {
-        let mut dirty = PageBitmap::new(self.sender.batches.space.pages());
-        self.sender.batches.domain.log_dirty_clean(&mut dirty, last)?;
-        self.pending.union(&dirty);
-        self.pending.union(&self.sender.take_again());
+        self.sender.batches.domain.log_dirty_clean(&mut self.pending, last)?;
+        self.pending.take(&mut self.sender.again);
         let pages = self.pending.count();
         self.sender.toolstack.event(&report::Event::Dirty { pages });
         Ok(Event::Dirty(pages))

@@ -36,8 +36,8 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     offered: bool,
     /// Pages put off to the last pass.
     deferred: PageBitmap,
-    /// Pages that a lost link took with it.
-    again: PageBitmap,
+    /// Pages that a lost link took with it; it is up to the caller to send them.
+    pub(super) again: PageBitmap,
     /// Pages that the receiver has heard of, and must be told when they vanish.
     sent: PageBitmap,
     /// Bytes of the stream and of all links so far.
@@ -78,19 +78,13 @@ where
         }
     }
 
-    /// Those of the pages put off that have memory now, and those that the receiver was sent and
-    /// must hear the end of.
-    pub(super) fn due(&self) -> PageBitmap {
-        let mut due = PageBitmap::new(self.deferred.len());
+    /// Adds those of the pages put off that have memory now, and those that the receiver was sent
+    /// and must hear the end of.
+    pub(super) fn add_due(&self, set: &mut PageBitmap) {
         let is_due = |pfn: &Pfn| self.batches.space.frame(*pfn).is_some() || self.sent.get(*pfn);
-        self.deferred.iter().filter(is_due).for_each(|pfn| due.set(pfn));
-        due
-    }
-
-    /// Pages that are to be sent again; it is up to the caller to do that.
-    pub(super) fn take_again(&mut self) -> PageBitmap {
-        let pages = self.again.len();
-        std::mem::replace(&mut self.again, PageBitmap::new(pages))
+        if self.deferred.count() > 0 {
+            self.deferred.iter().filter(is_due).for_each(|pfn| set.set(pfn));
+        }
     }
 
     /// The record that offers links to the receiver, if there can be any.
@@ -101,15 +95,16 @@ where
     }
 
     /// Sends the pages of `set`. `last`: the guest is suspended, nothing may be put off, and when
-    /// it returns, the receiver has confirmed all that went over links. `meanwhile` is done while
-    /// the workers, if there are any, send the last batches.
+    /// it returns, the receiver has confirmed all that went over links; what had to be sent again
+    /// for that has taken the place of `set`. `meanwhile` is done while the workers, if there are
+    /// any, send the last batches.
     ///
     /// # Errors
     /// Xen's, the stream's, [`Error::Aborted`]; in the last pass also a page that cannot be sent.
     pub(super) fn send(
         &mut self,
         pass: u32,
-        mut set: PageBitmap,
+        set: &mut PageBitmap,
         last: bool,
         meanwhile: &mut dyn FnMut(&BatchSender<'a, D, O>) -> Result<()>,
     ) -> Result<()> {
@@ -119,7 +114,7 @@ where
         self.toolstack.event(&Event::PassStarted { pass, last, pages: pages.wanted });
         self.report(&progress);
         loop {
-            self.send_set(&set, &mut progress)?;
+            self.send_set(set, &mut progress)?;
             meanwhile(&self.batches)?;
             self.collect_all(&mut progress)?;
             self.end_pass()?;
@@ -129,7 +124,8 @@ where
             if !last || self.again.count() == 0 {
                 break;
             }
-            set = self.take_again();
+            set.clear_all();
+            set.take(&mut self.again);
             progress.pages.wanted += set.count();
         }
         self.toolstack.event(&Event::PassEnded {

@@ -120,7 +120,7 @@ impl Call<'_> {
                 }
                 let last = arg.u32(offset_of!(Op, mode)) & abi::XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL;
                 let mut dirty = PageBitmap::new(pages);
-                let count = done(self.domain.log_dirty_clean(&mut dirty, last != 0))?;
+                done(self.domain.log_dirty_clean(&mut dirty, last != 0))?;
                 let mut words = vec![0_u64; count_words(pages)];
                 for pfn in dirty.iter() {
                     let index = pfn.index().unwrap_or(usize::MAX) / 64;
@@ -132,7 +132,7 @@ impl Call<'_> {
                 let length = usize::try_from(pages.div_ceil(8)).map_err(|_| Errno::TOOBIG)?;
                 let bitmap = arg.u64(offset_of!(Op, dirty_bitmap));
                 self.memory.write(bitmap, bytes.get(..length).unwrap_or(&bytes))?;
-                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                let count = u32::try_from(dirty.count()).unwrap_or(u32::MAX);
                 arg.put_u32(offset_of!(Op, stats.dirty_count), count);
                 Ok(())
             }

@@ -189,12 +189,15 @@ fn bitmap(bytes: &[u8]) -> Result<(), FormatError> {
     let mut input = Input::new(bytes);
     let (len, other, pfn) = (u64::from(input.u16()), u64::from(input.u16()), Pfn(input.u64()));
     let mut map = PageBitmap::new(len);
-    map.load_le_bytes(input.rest());
+    map.add_le_bytes(input.rest());
     assert!(map.iter().all(|pfn| pfn.0 < len && map.get(pfn)));
     assert_eq!(map.iter().count() as u64, map.count());
     assert_eq!(map.is_empty(), len == 0);
     let before = map.count();
-    map.union(&PageBitmap::full(other));
+    let mut full = PageBitmap::new(other);
+    full.set_all();
+    map.take(&mut full);
+    assert_eq!(full.count(), 0);
     assert!(map.count() >= before.max(len.min(other)) && map.count() <= len);
     map.set(pfn);
     assert_eq!(map.get(pfn), pfn.0 < len);

@@ -317,12 +317,10 @@ impl SourceDomain for Stepped<'_, '_> {
         self.then().log_dirty_off()
     }
 
-    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64> {
-        let count = self.then().log_dirty_clean(bitmap, last)?;
-        if self.plant == Some(Plant::DirtyBitsLost) && last {
-            bitmap.clear_all();
-        }
-        Ok(count)
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<()> {
+        let mut lost = PageBitmap::new(bitmap.len());
+        let loses = self.plant == Some(Plant::DirtyBitsLost) && last;
+        self.then().log_dirty_clean(if loses { &mut lost } else { bitmap }, last)
     }
 
     fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {

@@ -54,7 +54,7 @@ impl SourceDomain for LiveDomain {
         self.shadow_switch(name, command)
     }
 
-    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<u64> {
+    fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<()> {
         let (name, command) = op!(XEN_DOMCTL_SHADOW_OP_CLEAN);
         let pages = bitmap.len();
         let bytes = usize::try_from(pages.div_ceil(8)).unwrap_or(usize::MAX);
@@ -73,7 +73,7 @@ impl SourceDomain for LiveDomain {
         // SAFETY: Xen writes a bit for each of `pages`, for which the buffer has room.
         let result = unsafe { self.xen.domctl_with_pointer(op, self.domid, &mut argument) };
         if result.is_ok() {
-            bitmap.load_le_bytes(buffer.first(bytes));
+            bitmap.add_le_bytes(buffer.first(bytes));
         }
         *kept = Some(buffer);
         result?;
@@ -81,7 +81,7 @@ impl SourceDomain for LiveDomain {
             // The p2m is not as large as was thought: pages would be missed.
             return Err(hv(name, Errno::RANGE));
         }
-        Ok(bitmap.count())
+        Ok(())
     }
 
     fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {
