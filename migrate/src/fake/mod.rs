@@ -52,5 +52,5 @@ pub use pages::FakePages;
 pub use pv_build::{Kind as P2mKind, PvSpec};
 pub use rng::Rng;
 pub use script::{Script, WIRING, tables};
-pub use stream::Wire;
+pub use stream::{Wire, fill_pages, put_pages};
 pub use toolstack::{FakeToolstack, Heard};

@@ -1,9 +1,9 @@
-//! A stream in memory.
+//! A stream in memory, and what all streams without a descriptor have in common.
 
 use std::io;
 
 use super::pages::FakePages;
-use crate::frame::{PAGE_SIZE, PageBuf};
+use crate::frame::PageBuf;
 use crate::hypervisor::{ForeignPages, PagePiece, PageSlot, StreamIn, StreamOut};
 
 /// Bytes that were written, and how many of them have been read.
@@ -25,6 +25,52 @@ impl Wire {
     }
 }
 
+/// Puts `head` and a page for each piece, one after the other.
+///
+/// # Errors
+/// Those of `put`.
+pub fn put_pages(
+    head: &[u8],
+    pages: &FakePages,
+    pieces: &[PagePiece<'_>],
+    mut put: impl FnMut(&[u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    put(head)?;
+    let mut page = PageBuf::zeroed();
+    for piece in pieces {
+        match piece {
+            PagePiece::Mapped(index) => {
+                pages.read_page(*index, &mut page);
+                put(&page.0)?;
+            }
+            PagePiece::Copied(copy) => put(&copy.0)?,
+        }
+    }
+    Ok(())
+}
+
+/// Fills `slots` with pages from `fill`.
+///
+/// # Errors
+/// Those of `fill`.
+pub fn fill_pages(
+    pages: &FakePages,
+    slots: &mut [PageSlot<'_>],
+    mut fill: impl FnMut(&mut [u8]) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut page = PageBuf::zeroed();
+    for slot in slots {
+        match slot {
+            PageSlot::Mapped(index) => {
+                fill(&mut page.0)?;
+                pages.write_page(*index, &page);
+            }
+            PageSlot::Copied(copy) => fill(&mut copy.0)?,
+        }
+    }
+    Ok(())
+}
+
 impl StreamOut<FakePages> for Wire {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.bytes.extend_from_slice(bytes);
@@ -43,18 +89,7 @@ impl StreamOut<FakePages> for Wire {
         pages: &FakePages,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
-        self.write_all(head)?;
-        let mut buffer = PageBuf::zeroed();
-        for piece in pieces {
-            match piece {
-                PagePiece::Mapped(index) => {
-                    pages.read_page(*index, &mut buffer);
-                    self.write_all(&buffer.0)?;
-                }
-                PagePiece::Copied(copy) => self.write_all(&copy.0)?,
-            }
-        }
-        Ok(())
+        put_pages(head, pages, pieces, |bytes| self.write_all(bytes))
     }
 }
 
@@ -71,16 +106,6 @@ impl StreamIn<FakePages> for Wire {
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut buffer = PageBuf([0; PAGE_SIZE]);
-        for slot in slots {
-            match slot {
-                PageSlot::Mapped(index) => {
-                    self.read_exact(&mut buffer.0)?;
-                    pages.write_page(*index, &buffer);
-                }
-                PageSlot::Copied(copy) => self.read_exact(&mut copy.0)?,
-            }
-        }
-        Ok(())
+        fill_pages(pages, slots, |page| self.read_exact(page))
     }
 }

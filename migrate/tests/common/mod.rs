@@ -20,9 +20,9 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rxl_migrate::fake::{FakeDomain, FakePages};
-use rxl_migrate::frame::{DomId, PageBuf};
-use rxl_migrate::hypervisor::{ForeignPages, PagePiece, PageSlot, StreamIn, StreamOut};
+use rxl_migrate::fake::{FakeDomain, FakePages, fill_pages, put_pages};
+use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
@@ -125,18 +125,7 @@ impl StreamOut<FakePages> for Pipe {
         pages: &FakePages,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
-        let mut all = head.to_vec();
-        let mut page = PageBuf::zeroed();
-        for piece in pieces {
-            match piece {
-                PagePiece::Mapped(index) => {
-                    pages.read_page(*index, &mut page);
-                    all.extend_from_slice(&page.0);
-                }
-                PagePiece::Copied(copy) => all.extend_from_slice(&copy.0),
-            }
-        }
-        self.write(&all)
+        put_pages(head, pages, pieces, |bytes| self.write(bytes))
     }
 }
 
@@ -146,17 +135,7 @@ impl StreamIn<FakePages> for Pipe {
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut page = PageBuf::zeroed();
-        for slot in slots {
-            match slot {
-                PageSlot::Mapped(index) => {
-                    self.read(&mut page.0)?;
-                    pages.write_page(*index, &page);
-                }
-                PageSlot::Copied(copy) => self.read(&mut copy.0)?,
-            }
-        }
-        Ok(())
+        fill_pages(pages, slots, |page| self.read(page))
     }
 }
 

@@ -9,7 +9,7 @@ use std::io;
 use std::rc::Rc;
 
 use rxl_migrate::Error;
-use rxl_migrate::fake::{FakePages, FakeToolstack, Host, WIRING};
+use rxl_migrate::fake::{FakePages, FakeToolstack, Host, WIRING, fill_pages};
 use rxl_migrate::frame::{PageType, Pfn};
 use rxl_migrate::hypervisor::{PageSlot, StreamIn, TargetDomain};
 use rxl_migrate::stream::libxc::PageEntry;
@@ -20,7 +20,7 @@ use rxl_migrate::target::restore_with;
 use crate::assert_told;
 use crate::input::{Input, Owned};
 use crate::linked::two_links;
-use crate::ways::{Packed, Source, Stream, Wires, fill_pages};
+use crate::ways::{Packed, Source, Stream, Wires};
 
 const FRAMES: u64 = 64;
 /// Pages that the domain of a lonely worker has.

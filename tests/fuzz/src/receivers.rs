@@ -12,14 +12,14 @@ use std::rc::Rc;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use rxl_migrate::Error;
-use rxl_migrate::fake::{FakeDomain, FakePages};
+use rxl_migrate::fake::{FakeDomain, FakePages, fill_pages};
 use rxl_migrate::hypervisor::{PageSlot, StreamIn};
 use rxl_migrate::stream::link::Offer;
 use rxl_migrate::target::links::{
     Answer, Ask, LinkIn, Links, MESSAGE_BYTES_MAX, Need, Owner, work,
 };
 
-use crate::ways::{Source, Turn, fill_pages};
+use crate::ways::{Source, Turn};
 use crate::{assert_told, passed_on};
 
 /// Links that can be opened; for more of an offer there is no worker.

@@ -8,9 +8,8 @@ use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
 
-use rxl_migrate::fake::{FakePages, Rng};
-use rxl_migrate::frame::{PAGE_SIZE, PageBuf};
-use rxl_migrate::hypervisor::{ForeignPages, PageSlot, StreamIn};
+use rxl_migrate::fake::{FakePages, Rng, fill_pages};
+use rxl_migrate::hypervisor::{PageSlot, StreamIn};
 
 use crate::block::{self, BLOCK_BYTES_MIN};
 use crate::input::{Input, Owned};
@@ -162,25 +161,6 @@ impl Source for Wires {
         self.input.push(turn.byte());
         turn
     }
-}
-
-/// Fills `slots` with pages from `fill`.
-pub(crate) fn fill_pages(
-    pages: &FakePages,
-    slots: &mut [PageSlot<'_>],
-    mut fill: impl FnMut(&mut [u8]) -> io::Result<()>,
-) -> io::Result<()> {
-    let mut page = PageBuf([0; PAGE_SIZE]);
-    for slot in slots {
-        match slot {
-            PageSlot::Mapped(index) => {
-                fill(&mut page.0)?;
-                pages.write_page(*index, &page);
-            }
-            PageSlot::Copied(copy) => fill(&mut copy.0)?,
-        }
-    }
-    Ok(())
 }
 
 /// The stream of a source.

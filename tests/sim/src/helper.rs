@@ -6,12 +6,12 @@ use std::io;
 
 use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::error::Error;
-use rxl_migrate::fake::{FakeDomain, FakePages};
-use rxl_migrate::frame::{DomId, PageBuf, PageType, Pfn};
+use rxl_migrate::fake::{FakeDomain, FakePages, fill_pages, put_pages};
+use rxl_migrate::frame::{DomId, PageType, Pfn};
 use rxl_migrate::helper::{Callbacks, EventSink, HelperChannel};
 use rxl_migrate::hypervisor::{
-    Access, CpuPolicy, Domain, DomainInfo, ForeignPages, HvResult, PagePiece, PageSlot,
-    PolicyError, SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
+    Access, CpuPolicy, Domain, DomainInfo, HvResult, PagePiece, PageSlot, PolicyError,
+    SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
 };
 use rxl_migrate::report::Event;
 use rxl_migrate::source::workers::{Confirmed, Workers};
@@ -20,7 +20,6 @@ use rxl_migrate::target::links::Links;
 use rxl_migrate::{source, target};
 
 use crate::liar::{LyingLinks, LyingWorkers};
-use crate::link::piece_of;
 use crate::machine::WIRING;
 use crate::pipe::PipeId;
 use crate::plant::{Plant, Reorder};
@@ -184,17 +183,14 @@ impl StreamOut<FakePages> for Out<'_, '_> {
         pages: &FakePages,
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
-        let mut buffer = PageBuf::zeroed();
         let Some(reorder) = &mut self.reorder else {
-            return self.in_turn(|out| {
-                out.put(head)?;
-                pieces.iter().try_for_each(|p| out.put(&piece_of(pages, p, &mut buffer).0))
-            });
+            return self.in_turn(|out| put_pages(head, pages, pieces, |bytes| out.put(bytes)));
         };
-        let mut record = head.to_vec();
-        for piece in pieces {
-            record.extend_from_slice(&piece_of(pages, piece, &mut buffer).0);
-        }
+        let mut record = Vec::new();
+        put_pages(head, pages, pieces, |bytes| {
+            record.extend_from_slice(bytes);
+            Ok(())
+        })?;
         let records = reorder.pass(record);
         records.iter().try_for_each(|record| self.put(record))
     }
@@ -232,17 +228,7 @@ impl StreamIn<FakePages> for In<'_, '_> {
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut buffer = PageBuf::zeroed();
-        for slot in slots {
-            match slot {
-                PageSlot::Mapped(index) => {
-                    self.read_exact(&mut buffer.0)?;
-                    pages.write_page(*index, &buffer);
-                }
-                PageSlot::Copied(copy) => self.read_exact(&mut copy.0)?,
-            }
-        }
-        Ok(())
+        fill_pages(pages, slots, |page| self.read_exact(page))
     }
 }
 

@@ -5,9 +5,8 @@ use std::cell::RefCell;
 use std::io::{self, ErrorKind};
 use std::rc::Rc;
 
-use rxl_migrate::fake::FakePages;
-use rxl_migrate::frame::PageBuf;
-use rxl_migrate::hypervisor::{ForeignPages, PagePiece, PageSlot, StreamIn, StreamOut};
+use rxl_migrate::fake::{FakePages, fill_pages, put_pages};
+use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
 use rxl_migrate::source::workers::Confirmed;
 use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations, Unconfirmed};
 use rxl_migrate::target::links::LinkIn;
@@ -149,24 +148,7 @@ impl StreamOut<FakePages> for SendingLink<'_, '_> {
         pieces: &[PagePiece<'_>],
     ) -> io::Result<()> {
         self.note_sent(head);
-        self.put(head)?;
-        let mut buffer = PageBuf::zeroed();
-        pieces.iter().try_for_each(|piece| self.put(&piece_of(pages, piece, &mut buffer).0))
-    }
-}
-
-/// The bytes of `piece`, if need be in `buffer`.
-pub(crate) fn piece_of<'a>(
-    pages: &FakePages,
-    piece: &'a PagePiece<'_>,
-    buffer: &'a mut PageBuf,
-) -> &'a PageBuf {
-    match piece {
-        PagePiece::Mapped(index) => {
-            pages.read_page(*index, buffer);
-            buffer
-        }
-        PagePiece::Copied(copy) => copy,
+        put_pages(head, pages, pieces, |bytes| self.put(bytes))
     }
 }
 
@@ -276,17 +258,7 @@ impl StreamIn<FakePages> for ReceivingLink<'_, '_> {
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut buffer = PageBuf::zeroed();
-        for slot in slots {
-            match slot {
-                PageSlot::Mapped(index) => {
-                    self.read_exact(&mut buffer.0)?;
-                    pages.write_page(*index, &buffer);
-                }
-                PageSlot::Copied(copy) => self.read_exact(&mut copy.0)?,
-            }
-        }
-        Ok(())
+        fill_pages(pages, slots, |page| self.read_exact(page))
     }
 }
 
