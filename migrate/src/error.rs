@@ -42,6 +42,16 @@ pub enum Error {
     /// The guest did not follow the request to suspend.
     #[error("the guest did not suspend")]
     NotSuspended,
+    /// The user does not want a pause that long.
+    #[error(
+        "the guest writes its memory too fast: it would be suspended for about {} ms \
+         (allow a longer pause, or force it)",
+        pause.as_millis()
+    )]
+    PauseTooLong {
+        /// How long the guest would be suspended.
+        pause: std::time::Duration,
+    },
     /// The guest's own structures make no sense, or moved.
     #[error("PV guest: {0}")]
     Guest(#[from] GuestError),

@@ -8,6 +8,7 @@
 //! Frames are `u64`: pfns of an HVM/PVH guest, mfns of a PV guest (see [`crate::frame`]).
 
 use std::io;
+use std::time::Duration;
 
 use crate::bitmap::PageBitmap;
 use crate::counters::Counters;
@@ -369,6 +370,8 @@ pub trait Toolstack {
     fn event(&mut self, event: &Event);
     /// Whether the user or the toolstack wants it ended.
     fn aborted(&self) -> bool;
+    /// A clock that never goes back; when it began is of no matter.
+    fn now(&self) -> Duration;
 }
 
 /// Levels of xentoollog (`xentoollog.h`).

@@ -113,6 +113,11 @@ pub enum Event {
         /// The rest.
         counters: Counters,
     },
+    /// The policy decides to suspend the guest, and expects a pause that long.
+    PauseExpected {
+        /// Milliseconds.
+        ms: u64,
+    },
     /// The guest is asked to suspend: the pause begins at some moment after this.
     SuspendAsked,
     /// The guest is suspended.

@@ -13,12 +13,13 @@ use rxl_migrate::fake::{
 };
 use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::report::Event;
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{News, Request};
 use rxl_migrate::source::{self, save_with};
 use rxl_migrate::target::links::{Answer, Ask, Links, Need};
 use rxl_migrate::target::restore_with;
 
-const LIVE: source::Options = source::Options { live: true, verify: false };
+const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
 const HOST_FRAMES: u64 = 8192;
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.

@@ -14,11 +14,13 @@ use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{Domain, LogLevel};
 use rxl_migrate::report::Event;
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::{self, save};
 use rxl_migrate::target::{Options, Outcome, restore};
 
-const LIVE: source::Options = source::Options { live: true, verify: false };
-const STOPPED: source::Options = source::Options { live: false, verify: false };
+const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
+const STOPPED: source::Options =
+    source::Options { live: false, verify: false, policy: Policy::Stock };
 const WIRING: Options = Options {
     store_evtchn: 17,
     store_domid: DomId(0),
@@ -126,7 +128,7 @@ fn an_hvm_guest_gets_superpages_where_the_host_has_them() {
 
 #[test]
 fn a_comparison_after_the_move_finds_nothing_in_a_good_copy() {
-    let options = source::Options { live: true, verify: true };
+    let options = source::Options { live: true, verify: true, policy: Policy::Stock };
     let host = source_host(5);
     let source = pv(P2mKind::Linear, 5).build(&host);
     host.run_guests(50);

@@ -1,6 +1,7 @@
 //! libxl, as the engine sees it.
 
 use std::io;
+use std::time::Duration;
 
 use super::domain::FakeDomain;
 use crate::hypervisor::{LogLevel, Toolstack};
@@ -40,6 +41,8 @@ pub struct FakeToolstack {
     pub on_progress: Option<fn(&FakeDomain)>,
     /// [`Toolstack::aborted`] is true after so many calls.
     pub abort_at: Option<u64>,
+    /// What [`Toolstack::now`] says.
+    pub clock: Duration,
     asked: std::cell::Cell<u64>,
 }
 
@@ -54,6 +57,7 @@ impl FakeToolstack {
             qemu_fails: false,
             on_progress: None,
             abort_at: None,
+            clock: Duration::ZERO,
             asked: 0.into(),
         }
     }
@@ -109,5 +113,9 @@ impl Toolstack for FakeToolstack {
     fn aborted(&self) -> bool {
         self.asked.set(self.asked.get() + 1);
         self.abort_at.is_some_and(|at| self.asked.get() > at)
+    }
+
+    fn now(&self) -> Duration {
+        self.clock
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::time::Duration;
 
 use super::Callbacks;
 use super::message::{Message, number};
@@ -30,6 +31,7 @@ pub struct HelperChannel<R, W> {
     domain: DomId,
     callbacks: Callbacks,
     aborted: fn() -> bool,
+    now: fn() -> Duration,
     events: Option<EventSink>,
     shown: Option<Shown>,
     broken: Option<io::ErrorKind>,
@@ -43,13 +45,14 @@ struct Shown {
 
 impl<R: Read, W: Write> HelperChannel<R, W> {
     /// For `domain`. `aborted` says whether the process has been told to end (libxl sends
-    /// `SIGTERM`).
+    /// `SIGTERM`); `now` is the host's monotonic clock.
     pub fn new(
         replies: R,
         messages: W,
         domain: DomId,
         callbacks: Callbacks,
         aborted: fn() -> bool,
+        now: fn() -> Duration,
     ) -> HelperChannel<R, W> {
         HelperChannel {
             replies,
@@ -57,6 +60,7 @@ impl<R: Read, W: Write> HelperChannel<R, W> {
             domain,
             callbacks,
             aborted,
+            now,
             events: None,
             shown: None,
             broken: None,
@@ -182,6 +186,10 @@ impl<R: Read, W: Write> Toolstack for HelperChannel<R, W> {
     fn aborted(&self) -> bool {
         (self.aborted)() || self.broken.is_some()
     }
+
+    fn now(&self) -> Duration {
+        (self.now)()
+    }
 }
 
 impl<R, W> fmt::Debug for HelperChannel<R, W> {
@@ -204,6 +212,10 @@ mod tests {
     /// What libxl offers in a plain save and a plain restore.
     const SAVE_CALLBACKS: Callbacks = Callbacks(0x88);
     const RESTORE_CALLBACKS: Callbacks = Callbacks(0x300);
+
+    fn now() -> Duration {
+        Duration::ZERO
+    }
 
     fn text(s: &str) -> String {
         s.to_owned()
@@ -237,8 +249,14 @@ mod tests {
     fn channel(callbacks: Callbacks, replies: &[i32]) -> (TestChannel, Sent) {
         let replies = replies.iter().flat_map(|r| r.to_le_bytes()).collect();
         let sent = Sent::default();
-        let channel =
-            HelperChannel::new(Cursor::new(replies), sent.clone(), DomId(7), callbacks, || false);
+        let channel = HelperChannel::new(
+            Cursor::new(replies),
+            sent.clone(),
+            DomId(7),
+            callbacks,
+            || false,
+            now,
+        );
         (channel, sent)
     }
 
@@ -285,7 +303,7 @@ mod tests {
         for replies in [&[][..], &[1, 0, 0]] {
             let sent = Sent::default();
             let mut channel =
-                HelperChannel::new(replies, sent.clone(), DomId(7), SAVE_CALLBACKS, || false);
+                HelperChannel::new(replies, sent.clone(), DomId(7), SAVE_CALLBACKS, || false, now);
             assert_eq!(channel.suspend().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
             assert!(channel.aborted());
             assert_eq!(channel.complete(-1, 5).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
@@ -298,7 +316,8 @@ mod tests {
         let mut nothing = [0_u8; 0];
         let replies = io::empty();
         let closed = &mut nothing[..];
-        let mut channel = HelperChannel::new(replies, closed, DomId(7), SAVE_CALLBACKS, || false);
+        let mut channel =
+            HelperChannel::new(replies, closed, DomId(7), SAVE_CALLBACKS, || false, now);
         assert!(!channel.aborted());
         channel.log(LogLevel::Info, "Saving domain 7");
         assert!(channel.aborted());
@@ -308,7 +327,7 @@ mod tests {
     #[test]
     fn a_signal_aborts() {
         let channel =
-            HelperChannel::new(io::empty(), io::sink(), DomId(7), SAVE_CALLBACKS, || true);
+            HelperChannel::new(io::empty(), io::sink(), DomId(7), SAVE_CALLBACKS, || true, now);
         assert!(channel.aborted());
     }
 

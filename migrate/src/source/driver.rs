@@ -1,7 +1,10 @@
 //! Does what [`super::machine`] decides.
 
+use std::time::Duration;
+
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, Result, chain};
+use crate::frame::PAGE_SIZE;
 use crate::hypervisor::{
     DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
 };
@@ -10,6 +13,7 @@ use crate::source::batch::{BatchSender, Space};
 use crate::source::hvm;
 use crate::source::machine::{Action, Event, Machine, PageSet};
 use crate::source::pass::PassSender;
+use crate::source::precopy::{Policy, Seen};
 use crate::source::workers::Workers;
 use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
 
@@ -20,6 +24,8 @@ pub struct Options {
     pub live: bool,
     /// Send everything again at the end, for the receiver to compare.
     pub verify: bool,
+    /// When to suspend a guest that runs.
+    pub policy: Policy,
 }
 
 /// A complete save.
@@ -82,6 +88,15 @@ struct Driver<'a, D: SourceDomain, O, T> {
     pending: PageBitmap,
     log_dirty: bool,
     qemu_log_dirty: bool,
+    clock: Clock,
+}
+
+/// What the toolstack's clock said, and the bytes of then.
+#[derive(Default)]
+struct Clock {
+    began: Duration,
+    pass_began: Duration,
+    bytes_before: u64,
 }
 
 /// Looks at the domain and makes ready; nothing is switched on yet.
@@ -109,7 +124,9 @@ where
     });
     let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack, workers);
     let pending = PageBitmap::new(p2m_pages);
-    Ok(Driver { info, sender, state: None, pending, log_dirty: false, qemu_log_dirty: false })
+    let clock = Clock { began: sender.toolstack.now(), ..Clock::default() };
+    let (log_dirty, qemu_log_dirty) = (false, false);
+    Ok(Driver { info, sender, state: None, pending, log_dirty, qemu_log_dirty, clock })
 }
 
 impl<D, O, T> Driver<'_, D, O, T>
@@ -119,7 +136,7 @@ where
     T: Toolstack,
 {
     fn run(mut self, options: &Options) -> Result<Summary> {
-        let mut machine = Machine::new(options.live, self.info.hvm, options.verify);
+        let mut machine = Machine::new(options.live, self.info.hvm, options.verify, options.policy);
         let mut event = Event::Begin;
         let mut failure = None;
         loop {
@@ -152,7 +169,8 @@ where
             Action::WriteHead => self.write_head(options)?,
             Action::SendPass { pass, set, last } => self.send_pass(pass, set, last)?,
             Action::ReadDirty { last } => return self.read_dirty(last),
-            Action::Suspend => self.suspend()?,
+            Action::Suspend { expected } => self.suspend(expected)?,
+            Action::GiveUp { pause } => return Err(Error::PauseTooLong { pause }),
             Action::WriteVerify => {
                 let record = libxc::record(RecordKind::Verify, &[])?;
                 self.sender.write_record(&record, "writing the verify record")?;
@@ -203,6 +221,8 @@ where
     }
 
     fn send_pass(&mut self, pass: u32, set: PageSet, last: bool) -> Result<()> {
+        self.clock.pass_began = self.sender.toolstack.now();
+        self.clock.bytes_before = self.sender.bytes;
         if set == PageSet::All {
             self.pending.set_all();
         }
@@ -236,15 +256,27 @@ where
     }
 
     fn read_dirty(&mut self, last: bool) -> Result<Event> {
+        let began = self.sender.toolstack.now();
         self.sender.batches.domain.log_dirty_clean(&mut self.pending, last)?;
         self.pending.take(&mut self.sender.again);
         let pages = self.pending.count();
         self.sender.toolstack.event(&report::Event::Dirty { pages });
-        Ok(Event::Dirty(pages))
+        let now = self.sender.toolstack.now();
+        Ok(Event::Dirty(Seen {
+            left: pages.saturating_mul(PAGE_SIZE as u64),
+            sent: self.sender.bytes.saturating_sub(self.clock.bytes_before),
+            took: began.saturating_sub(self.clock.pass_began),
+            reading: now.saturating_sub(began),
+            elapsed: now.saturating_sub(self.clock.began),
+        }))
     }
 
-    fn suspend(&mut self) -> Result<()> {
+    fn suspend(&mut self, expected: Option<Duration>) -> Result<()> {
         let toolstack = &mut *self.sender.toolstack;
+        if let Some(pause) = expected {
+            let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
+            toolstack.event(&report::Event::PauseExpected { ms });
+        }
         toolstack.event(&report::Event::SuspendAsked);
         let suspended = toolstack
             .suspend()

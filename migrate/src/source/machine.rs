@@ -14,8 +14,10 @@
 //! on before the first page is read, and the dirty bits are read (and so cleared) *before* the
 //! pages of their pass, never after.
 
+use std::time::Duration;
+
 use crate::error::{Error, Result};
-use crate::source::precopy::{self, Decision, Seen};
+use crate::source::precopy::{Decision, Policy, Precopy, Seen};
 
 /// What the driver is to do; it answers with the event named here, or with [`Event::Failed`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,16 @@ pub enum Action {
         last: bool,
     },
     /// Have the guest suspended → [`Event::Done`].
-    Suspend,
+    Suspend {
+        /// How long it is expected to be so, if the policy knows.
+        expected: Option<Duration>,
+    },
+    /// Give up, by the user's choice: the guest would be suspended for so long →
+    /// [`Event::Failed`].
+    GiveUp {
+        /// How long it is expected to be.
+        pause: Duration,
+    },
     /// Write the record after which pages are compared → [`Event::Done`].
     WriteVerify,
     /// Write the state records and END → [`Event::Done`].
@@ -72,8 +83,8 @@ pub enum Event {
     Begin,
     /// The action succeeded.
     Done,
-    /// The number of pages that are dirty and not sent.
-    Dirty(u64),
+    /// The dirty bits have been read: what is left to send, and what the pass before has shown.
+    Dirty(Seen),
     /// The action failed, or somebody wants an end.
     Failed,
 }
@@ -98,6 +109,7 @@ enum State {
     LivePass { passes: u32 },
     Reading { passes: u32 },
     Suspending { passes: u32 },
+    GivingUp,
     ReadingLast { passes: u32 },
     LastPass { passes: u32 },
     Verify { passes: u32 },
@@ -117,6 +129,7 @@ impl State {
             State::LivePass { .. } => "in a live pass",
             State::Reading { .. } => "reading dirty bits",
             State::Suspending { .. } => "suspending",
+            State::GivingUp => "giving up",
             State::ReadingLast { .. } => "reading the last dirty bits",
             State::LastPass { .. } => "in the last pass",
             State::Verify { .. } => "starting verification",
@@ -135,15 +148,16 @@ pub struct Machine {
     live: bool,
     hvm: bool,
     verify: bool,
+    precopy: Precopy,
 }
 
 impl Machine {
     /// A save that has not begun. `live`: the guest runs during most of it. `hvm`: the guest has,
     /// or may have, a device model that writes its memory. `verify`: everything is sent a second
-    /// time at the end, to be compared.
+    /// time at the end, to be compared. `policy` says when the guest is suspended.
     #[must_use]
-    pub fn new(live: bool, hvm: bool, verify: bool) -> Machine {
-        Machine { state: State::Idle, live, hvm, verify }
+    pub fn new(live: bool, hvm: bool, verify: bool, policy: Policy) -> Machine {
+        Machine { state: State::Idle, live, hvm, verify, precopy: Precopy::new(policy) }
     }
 
     /// What to do after `event`.
@@ -156,7 +170,7 @@ impl Machine {
         Ok(action)
     }
 
-    fn transition(&self, event: Event) -> Result<(State, Action)> {
+    fn transition(&mut self, event: Event) -> Result<(State, Action)> {
         let next = match (self.state, event) {
             (State::Cleanup { .. } | State::Over, Event::Failed) | (_, Event::Begin)
                 if self.state != State::Idle =>
@@ -170,7 +184,9 @@ impl Machine {
                 (State::Head, Action::WriteHead)
             }
             (State::Head, Event::Done) if self.live => (State::LogDirty, Action::LogDirtyOn),
-            (State::Head, Event::Done) => (State::Suspending { passes: 0 }, Action::Suspend),
+            (State::Head, Event::Done) => {
+                (State::Suspending { passes: 0 }, Action::Suspend { expected: None })
+            }
             (State::LogDirty, Event::Done) => (
                 State::LivePass { passes: 1 },
                 Action::SendPass { pass: 0, set: PageSet::All, last: false },
@@ -178,13 +194,16 @@ impl Machine {
             (State::LivePass { passes }, Event::Done) => {
                 (State::Reading { passes }, Action::ReadDirty { last: false })
             }
-            (State::Reading { passes }, Event::Dirty(dirty)) => {
-                match precopy::stock(Seen { passes, dirty }) {
+            (State::Reading { passes }, Event::Dirty(seen)) => {
+                match self.precopy.decide(passes, &seen) {
                     Decision::Continue => (
                         State::LivePass { passes: passes + 1 },
                         Action::SendPass { pass: passes, set: PageSet::Pending, last: false },
                     ),
-                    Decision::Stop => (State::Suspending { passes }, Action::Suspend),
+                    Decision::Stop(expected) => {
+                        (State::Suspending { passes }, Action::Suspend { expected })
+                    }
+                    Decision::Cancel(pause) => (State::GivingUp, Action::GiveUp { pause }),
                 }
             }
             (State::Suspending { passes }, Event::Done) if self.live => {
@@ -225,8 +244,22 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use proptest::prelude::*;
+
+    use super::*;
+    use crate::frame::PAGE_SIZE;
+    use crate::source::precopy::{AtLimit, Limits};
+
+    const SUSPEND: Action = Action::Suspend { expected: None };
+
+    fn machine(live: bool, hvm: bool, verify: bool) -> Machine {
+        Machine::new(live, hvm, verify, Policy::Stock)
+    }
+
+    /// `pages` are left.
+    fn left(pages: u64) -> Event {
+        Event::Dirty(Seen { left: pages * PAGE_SIZE as u64, ..Seen::default() })
+    }
 
     /// Runs a save whose dirty counts are `dirty`, failing at step `fail`; the actions taken.
     fn run(mut machine: Machine, dirty: &[u64], fail: Option<usize>) -> Vec<Action> {
@@ -240,7 +273,7 @@ mod tests {
                 Action::Finish { .. } => return actions,
                 Action::Cleanup => Event::Done,
                 _ if fail == Some(actions.len() - 1) => Event::Failed,
-                Action::ReadDirty { .. } => Event::Dirty(dirty.next().unwrap_or(0)),
+                Action::ReadDirty { .. } => left(dirty.next().unwrap_or(0)),
                 _ => Event::Done,
             };
         }
@@ -250,7 +283,7 @@ mod tests {
     fn a_live_save_reads_dirty_bits_between_passes_and_stops_when_few_are_left() {
         let pass = |pass, set, last| Action::SendPass { pass, set, last };
         assert_eq!(
-            run(Machine::new(true, true, false), &[1000, 10, 30], None),
+            run(machine(true, true, false), &[1000, 10, 30], None),
             [
                 Action::QemuLogDirtyOn,
                 Action::WriteHead,
@@ -259,7 +292,7 @@ mod tests {
                 Action::ReadDirty { last: false },
                 pass(1, PageSet::Pending, false),
                 Action::ReadDirty { last: false },
-                Action::Suspend,
+                SUSPEND,
                 Action::ReadDirty { last: true },
                 pass(2, PageSet::Pending, true),
                 Action::WriteTail,
@@ -272,10 +305,10 @@ mod tests {
     #[test]
     fn a_save_of_a_stopped_guest_sends_all_once_without_log_dirty() {
         assert_eq!(
-            run(Machine::new(false, true, false), &[], None),
+            run(machine(false, true, false), &[], None),
             [
                 Action::WriteHead,
-                Action::Suspend,
+                SUSPEND,
                 Action::SendPass { pass: 0, set: PageSet::All, last: true },
                 Action::WriteTail,
                 Action::Cleanup,
@@ -285,8 +318,23 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_would_be_suspended_for_too_long_is_left_alone_if_the_user_wants_that() {
+        let limits = Limits { passes: 1, at_limit: AtLimit::Cancel, ..Limits::default() };
+        let mut machine = Machine::new(true, false, false, Policy::ByTime(limits));
+        let seconds = |took| Duration::from_secs(took);
+        let seen = Seen { left: 1 << 30, sent: 1 << 30, took: seconds(1), ..Seen::default() };
+        for event in [Event::Begin, Event::Done, Event::Done, Event::Done] {
+            machine.step(event).unwrap();
+        }
+        let pause = seconds(1) + limits.fixed;
+        assert_eq!(machine.step(Event::Dirty(seen)).unwrap(), Action::GiveUp { pause });
+        assert_eq!(machine.step(Event::Failed).unwrap(), Action::Cleanup);
+        assert_eq!(machine.step(Event::Done).unwrap(), Action::Finish { complete: false });
+    }
+
+    #[test]
     fn verification_sends_everything_again_after_the_last_pass() {
-        let actions = run(Machine::new(true, false, true), &[], None);
+        let actions = run(machine(true, false, true), &[], None);
         let verify = actions.iter().position(|a| *a == Action::WriteVerify).unwrap();
         assert!(matches!(actions[verify - 1], Action::SendPass { last: true, .. }));
         assert!(matches!(
@@ -298,8 +346,8 @@ mod tests {
 
     #[test]
     fn an_event_that_answers_nothing_is_refused_and_changes_nothing() {
-        let mut machine = Machine::new(true, false, false);
-        assert!(matches!(machine.step(Event::Dirty(3)), Err(Error::Machine { .. })));
+        let mut machine = machine(true, false, false);
+        assert!(matches!(machine.step(left(3)), Err(Error::Machine { .. })));
         assert_eq!(machine.step(Event::Begin).unwrap(), Action::WriteHead);
         assert!(matches!(machine.step(Event::Begin), Err(Error::Machine { .. })));
     }
@@ -311,7 +359,7 @@ mod tests {
             dirty in prop::collection::vec(0_u64..200, 0..8),
             fail in prop::option::of(0_usize..30),
         ) {
-            let actions = run(Machine::new(live, hvm, verify), &dirty, fail);
+            let actions = run(machine(live, hvm, verify), &dirty, fail);
             let cleanups = actions.iter().filter(|a| **a == Action::Cleanup).count();
             prop_assert_eq!(cleanups, 1);
             let complete = actions.last() == Some(&Action::Finish { complete: true });
@@ -321,7 +369,7 @@ mod tests {
             if let Some(last) = actions.iter().position(
                 |a| matches!(a, Action::SendPass { last: true, .. })) {
                 let before = &actions[..last];
-                prop_assert!(before.contains(&Action::Suspend));
+                prop_assert!(before.contains(&SUSPEND));
                 prop_assert_eq!(before.last() == Some(&Action::ReadDirty { last: true }), live);
             }
         }

@@ -1,17 +1,93 @@
-//! When to stop copying the memory of a running guest: a pure function of what has been seen.
+//! When to stop copying the memory of a running guest and suspend it: a function of what has been
+//! seen, without a clock of its own.
+//!
+//! [`Policy::ByTime`] suspends the guest once the pause is expected to be short enough: what is
+//! left to send at the rate of the passes before, and what a pause takes besides. Where that does
+//! not come, because the guest writes faster than its memory can be sent, it says so early: more
+//! passes would cost time and gain nothing. [`Policy::Stock`] is the rule of stock Xen.
+
+use std::time::Duration;
 
 /// Stock's rule: this many live passes at most.
 pub const STOCK_PASSES_MAX: u32 = 5;
 /// Stock's rule: fewer dirty pages than this are not worth another live pass.
 pub const STOCK_DIRTY_PAGES_MIN: u64 = 50;
 
-/// What the decision rests on.
+/// A pass that leaves less than this share of the least so far is a gain.
+const GAIN: f64 = 0.9;
+/// So many passes in a row without a gain are enough: what is left has the size of what the guest
+/// writes again and again.
+const PASSES_WITHOUT_GAIN_MAX: u32 = 3;
+/// Bytes that a pass has to send for its rate to be believed. Smaller ones measure how long a pass
+/// takes to begin and to end.
+const BELIEVED_BYTES_MIN: u64 = 4 << 20;
+
+/// What to do when the pause will be too long however many passes there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AtLimit {
+    /// Suspend the guest nevertheless, as stock does.
+    #[default]
+    Force,
+    /// Give up; the guest stays where it is.
+    Cancel,
+}
+
+/// What the user allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
-    /// Live passes sent so far.
+pub struct Limits {
+    /// How long the guest may be suspended.
+    pub pause: Duration,
+    /// How much of it is not memory: state, devices, the receiver's part.
+    pub fixed: Duration,
+    /// From the beginning to the suspension; `None`: as long as it takes.
+    pub time: Option<Duration>,
+    /// Live passes.
     pub passes: u32,
-    /// Pages that the guest wrote during the last of them.
-    pub dirty: u64,
+    /// If the pause is too long when one of the other two is reached.
+    pub at_limit: AtLimit,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            pause: Duration::from_millis(300),
+            fixed: Duration::from_millis(100),
+            time: None,
+            passes: 30,
+            at_limit: AtLimit::Force,
+        }
+    }
+}
+
+/// The rule to go by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// That of stock Xen, but for one thing: a remainder below [`STOCK_DIRTY_PAGES_MIN`] is sent
+    /// in the pause, where stock sends it live and then pays for one more pass.
+    Stock,
+    /// By the pause that is to be expected.
+    ByTime(Limits),
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy::ByTime(Limits::default())
+    }
+}
+
+/// What a live pass has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Bytes of page data that are left to send: what the guest wrote since the pass began.
+    pub left: u64,
+    /// Bytes that the pass sent.
+    pub sent: u64,
+    /// How long it took.
+    pub took: Duration,
+    /// How long reading the dirty bits took, which the pause contains too.
+    pub reading: Duration,
+    /// Since the beginning.
+    pub elapsed: Duration,
 }
 
 /// What to do next.
@@ -19,30 +95,183 @@ pub struct Seen {
 pub enum Decision {
     /// Send the dirty pages while the guest runs.
     Continue,
-    /// Suspend the guest and send them then.
-    Stop,
+    /// Suspend the guest and send them then; how long the pause is expected to be, where the
+    /// policy goes by it.
+    Stop(Option<Duration>),
+    /// Give up: the pause would be so long.
+    Cancel(Duration),
 }
 
-/// The rule of stock Xen, but for one thing: a remainder below [`STOCK_DIRTY_PAGES_MIN`] is sent
-/// in the pause, where stock sends it live and then pays for one more pass.
-#[must_use]
-pub fn stock(seen: Seen) -> Decision {
-    if seen.passes >= STOCK_PASSES_MAX || seen.dirty < STOCK_DIRTY_PAGES_MIN {
-        Decision::Stop
-    } else {
-        Decision::Continue
+/// A policy at work.
+#[derive(Clone, Copy, Debug)]
+pub struct Precopy {
+    policy: Policy,
+    /// Bytes a second; `None`: nothing is known.
+    rate: Option<f64>,
+    /// The least that any pass has left.
+    least: u64,
+    /// Passes in a row that left no less.
+    without_gain: u32,
+}
+
+impl Precopy {
+    /// Nothing has been seen.
+    #[must_use]
+    pub fn new(policy: Policy) -> Precopy {
+        Precopy { policy, rate: None, least: u64::MAX, without_gain: 0 }
+    }
+
+    /// What to do after the live pass number `passes` (the first is 1), which has shown `seen`.
+    pub fn decide(&mut self, passes: u32, seen: &Seen) -> Decision {
+        match self.policy {
+            Policy::Stock => {
+                let few = seen.left < STOCK_DIRTY_PAGES_MIN * crate::frame::PAGE_SIZE as u64;
+                match passes >= STOCK_PASSES_MAX || few {
+                    true => Decision::Stop(None),
+                    false => Decision::Continue,
+                }
+            }
+            Policy::ByTime(limits) => self.by_time(&limits, passes, seen),
+        }
+    }
+
+    fn by_time(&mut self, limits: &Limits, passes: u32, seen: &Seen) -> Decision {
+        self.learn(seen);
+        let pause = self.pause(limits, seen);
+        if pause <= limits.pause {
+            return Decision::Stop(Some(pause));
+        }
+        let late = limits.time.is_some_and(|time| seen.elapsed >= time);
+        let futile = self.without_gain >= PASSES_WITHOUT_GAIN_MAX;
+        match (late || futile || passes >= limits.passes, limits.at_limit) {
+            (false, _) => Decision::Continue,
+            (true, AtLimit::Force) => Decision::Stop(Some(pause)),
+            (true, AtLimit::Cancel) => Decision::Cancel(pause),
+        }
+    }
+
+    fn learn(&mut self, seen: &Seen) {
+        if self.rate.is_none() || seen.sent >= BELIEVED_BYTES_MIN {
+            let seconds = seen.took.as_secs_f64();
+            self.rate = (seconds > 0.0).then(|| seen.sent as f64 / seconds).or(self.rate);
+        }
+        if (seen.left as f64) < self.least as f64 * GAIN {
+            self.without_gain = 0;
+        } else {
+            self.without_gain += 1;
+        }
+        self.least = self.least.min(seen.left);
+    }
+
+    /// How long the guest would be suspended if it were now.
+    fn pause(&self, limits: &Limits, seen: &Seen) -> Duration {
+        let sending = match self.rate {
+            Some(rate) if rate > 0.0 => seen.left as f64 / rate,
+            _ if seen.left == 0 => 0.0,
+            _ => seen.took.as_secs_f64(),
+        };
+        let sending = Duration::try_from_secs_f64(sending).unwrap_or(Duration::MAX);
+        limits.fixed.saturating_add(seen.reading).saturating_add(sending)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
+    const MIB: u64 = 1 << 20;
+
+    fn limits(at_limit: AtLimit) -> Limits {
+        Limits { at_limit, ..Limits::default() }
+    }
+
+    /// Moves a guest of 1 GiB that writes `write` MiB/s to `set` MiB over a link of `rate` MiB/s:
+    /// the number of live passes, and what came of them.
+    fn moved(policy: Policy, rate: u64, write: u64, set: u64) -> (u32, Decision) {
+        let mut precopy = Precopy::new(policy);
+        let (mut sent, mut elapsed) = (1024 * MIB, Duration::ZERO);
+        for passes in 1.. {
+            let took = Duration::from_secs_f64(sent as f64 / (rate * MIB) as f64);
+            elapsed += took;
+            let left = (sent * write / rate).min(set * MIB);
+            let seen = Seen { left, sent, took, elapsed, ..Seen::default() };
+            match precopy.decide(passes, &seen) {
+                Decision::Continue => sent = left,
+                end => return (passes, end),
+            }
+        }
+        unreachable!("there is a limit to the passes")
+    }
+
+    fn expected(decision: Decision) -> u128 {
+        match decision {
+            Decision::Stop(Some(pause)) | Decision::Cancel(pause) => pause.as_millis(),
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
-    fn it_stops_at_the_fifth_pass_or_below_fifty_pages() {
-        assert_eq!(stock(Seen { passes: 1, dirty: 50 }), Decision::Continue);
-        assert_eq!(stock(Seen { passes: 1, dirty: 49 }), Decision::Stop);
-        assert_eq!(stock(Seen { passes: 4, dirty: 1 << 30 }), Decision::Continue);
-        assert_eq!(stock(Seen { passes: 5, dirty: 1 << 30 }), Decision::Stop);
+    fn stocks_rule_stops_at_the_fifth_pass_or_below_fifty_pages() {
+        let pages = |left: u64| Seen { left: left * 4096, ..Seen::default() };
+        let decide = |passes, left| Precopy::new(Policy::Stock).decide(passes, &pages(left));
+        assert_eq!(decide(1, 50), Decision::Continue);
+        assert_eq!(decide(1, 49), Decision::Stop(None));
+        assert_eq!(decide(4, 1 << 30), Decision::Continue);
+        assert_eq!(decide(5, 1 << 30), Decision::Stop(None));
+    }
+
+    #[test]
+    fn a_guest_that_writes_little_takes_one_pass_and_one_that_writes_more_as_many_as_it_needs() {
+        let policy = Policy::default();
+        let (passes, end) = moved(policy, 1000, 5, 512);
+        assert_eq!(passes, 1, "{end:?}");
+        let (passes, end) = moved(policy, 100, 75, 512);
+        assert!((10..20).contains(&passes), "{passes}");
+        assert!(expected(end) <= 300, "{end:?}");
+    }
+
+    #[test]
+    fn passes_that_gain_nothing_end_soon_and_the_user_decides_how() {
+        for (at_limit, pause) in [(AtLimit::Force, 2660), (AtLimit::Cancel, 2660)] {
+            let (passes, end) = moved(Policy::ByTime(limits(at_limit)), 100, 300, 256);
+            assert_eq!((passes, expected(end)), (4, pause));
+            assert_eq!(matches!(end, Decision::Cancel(_)), at_limit == AtLimit::Cancel);
+        }
+    }
+
+    #[test]
+    fn limits_of_passes_and_time_hold() {
+        let few = Limits { passes: 2, ..limits(AtLimit::Cancel) };
+        assert_eq!(moved(Policy::ByTime(few), 100, 75, 512).0, 2);
+        let soon = Limits { time: Some(Duration::from_secs(20)), ..limits(AtLimit::Cancel) };
+        // 10.24 s for the first pass, then three quarters of the one before.
+        assert_eq!(moved(Policy::ByTime(soon), 100, 75, 1024).0, 3);
+    }
+
+    #[test]
+    fn a_small_pass_says_nothing_of_the_rate() {
+        let mut precopy = Precopy::new(Policy::default());
+        let seconds = Duration::from_secs;
+        let first = Seen { left: 90 * MIB, sent: 1000 * MIB, took: seconds(10), ..Seen::default() };
+        assert_eq!(precopy.decide(1, &first), Decision::Continue);
+        let small = Seen { left: MIB, sent: MIB, took: seconds(1), ..Seen::default() };
+        assert_eq!(expected(precopy.decide(2, &small)), 110);
+    }
+
+    proptest! {
+        #[test]
+        fn there_is_an_end_and_a_pause_that_was_promised_is_within_the_limit(
+            rate in 1_u64..10_000, write in 0_u64..10_000, set in 0_u64..1024,
+            cancel: bool,
+        ) {
+            let limits = limits(if cancel { AtLimit::Cancel } else { AtLimit::Force });
+            let (passes, end) = moved(Policy::ByTime(limits), rate, write, set);
+            prop_assert!((1..=limits.passes).contains(&passes));
+            if cancel && matches!(end, Decision::Stop(_)) {
+                prop_assert!(expected(end) <= limits.pause.as_millis());
+            }
+        }
     }
 }

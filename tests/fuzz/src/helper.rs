@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
+use std::time::Duration;
 
 use rxl_migrate::frame::DomId;
 use rxl_migrate::helper::{
@@ -114,7 +115,9 @@ fn channel(mut input: Input<'_>) {
     let mut sent = vec![0; room];
     let mut left = &mut sent[..];
     let aborted: fn() -> bool = if aborted { || true } else { || false };
-    let helper = HelperChannel::new(input.rest(), &mut left, DomId(7), callbacks, aborted);
+    let helper = HelperChannel::new(input.rest(), &mut left, DomId(7), callbacks, aborted, || {
+        Duration::ZERO
+    });
     let mut helper = helper.with_events(Box::new(|event| assert_eq!(event, &Event::SuspendAsked)));
     let mut failed = Vec::new();
     for ask in 0..16 {

@@ -15,6 +15,7 @@ use rxl_migrate::fake::{
 use rxl_migrate::frame::{INVALID_FRAME, PAGE_SIZE, PageBuf, PageType, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, TargetDomain};
 use rxl_migrate::report::Event;
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::{self, save};
 use rxl_migrate::stream::libxc::{
     GuestKind, PageEntry, RecordKind, hvm_params, p2m_frames, record,
@@ -160,7 +161,7 @@ fn send_on(domain: &FakeDomain) {
 
 fn saved(domain: &FakeDomain) -> Wire {
     let mut wire = Wire::default();
-    let options = source::Options { live: false, verify: false };
+    let options = source::Options { live: false, verify: false, policy: Policy::Stock };
     save(domain, &mut wire, &mut FakeToolstack::new(domain), &options)
         .expect("rxl saves what it restored");
     wire

@@ -8,6 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
+use std::time::Duration;
 
 use rxl_migrate::Error;
 use rxl_migrate::fake::{
@@ -16,6 +17,7 @@ use rxl_migrate::fake::{
 use rxl_migrate::frame::{Mfn, PAGE_SHIFT, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, SourceDomain, Toolstack};
 use rxl_migrate::report::Event;
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::Workers;
 use rxl_migrate::source::{Options, save_with};
 use rxl_migrate::target::restore_with;
@@ -202,6 +204,10 @@ impl Toolstack for Hostile<'_> {
         self.asked.set(self.asked.get() + 1);
         self.asked.get() > self.asks_max
     }
+
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// Frames of the p2m and of the tables that lead to it, of an address space, and of start info.
@@ -287,7 +293,8 @@ fn arrives(bytes: &[u8]) -> bool {
     let senders = has(flag::WORKERS).then(|| Senders::new(&domain, plan, &out, choices));
     let links = senders.as_ref().map(|senders| Rc::clone(&senders.links)).unwrap_or_default();
     let workers = senders.map(|senders| Box::new(senders) as Box<dyn Workers>);
-    let options = Options { live: has(flag::LIVE), verify: has(flag::VERIFY) };
+    let options =
+        Options { live: has(flag::LIVE), verify: has(flag::VERIFY), policy: Policy::Stock };
     let result = save_with(&domain, &mut out, &mut toolstack, workers, &options);
     host.heal();
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");

@@ -26,7 +26,7 @@ use crate::plant::{Plant, Reorder};
 use crate::process::{File, Process};
 use crate::receivers::Openers;
 use crate::senders::{Pool, Turn};
-use crate::world::{Cond, terminated};
+use crate::world::{Cond, now, terminated};
 
 /// What libxl answers in a plain save and in a plain restore.
 const SAVE_CALLBACKS: Callbacks = Callbacks(0x88);
@@ -46,10 +46,11 @@ pub(crate) fn save(
     let replies = File { process, pipe: replies };
     let messages = File { process, pipe: messages };
     let mut channel =
-        HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated);
+        HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated, now);
     let reorder = (plant == Some(Plant::PassesOverlap)).then(Reorder::default);
     channel = channel.with_events(event_sink(process, reorder.as_ref()));
-    let options = source::Options { live: true, verify };
+    let policy = process.world().plan.policy;
+    let options = source::Options { live: true, verify, policy };
     let workers = Pool::start(process, &domain, stream);
     let turn = workers.as_ref().map(Pool::turn);
     let mut out = Out { process, stream, reorder, turn };
@@ -95,7 +96,7 @@ pub(crate) fn restore(
     let replies = File { process, pipe: replies };
     let messages = File { process, pipe: messages };
     let mut channel =
-        HelperChannel::new(replies, messages, domain.domid(), RESTORE_CALLBACKS, terminated);
+        HelperChannel::new(replies, messages, domain.domid(), RESTORE_CALLBACKS, terminated, now);
     let links = Openers::new(process, &domain, stream);
     let plant = process.world().plan.plant;
     let links: Box<dyn Links + '_> = match plant {

@@ -3,6 +3,7 @@
 
 use rxl_migrate::fake::{FakeToolstack, Rng, Wire};
 use rxl_migrate::source;
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::xl::handshake::Message;
 use rxl_migrate::xl::header::Header;
 
@@ -57,7 +58,7 @@ fn stream(process: &Process<'_>, rng: &mut Rng) -> Vec<u8> {
         lies.stream
     } else {
         let mut wire = Wire::default();
-        let options = source::Options { live: false, verify: rng.one_in(4) };
+        let options = source::Options { live: false, verify: rng.one_in(4), policy: Policy::Stock };
         let _ = source::save(&guest, &mut wire, &mut FakeToolstack::new(&guest), &options);
         wire.bytes
     };

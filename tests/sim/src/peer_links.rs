@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 
 use rxl_migrate::fake::{FakeDomain, FakePages, FakeToolstack, Rng, Wire};
 use rxl_migrate::hypervisor::{PagePiece, StreamOut};
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
@@ -87,7 +88,8 @@ pub(crate) fn make_up(guest: &FakeDomain, links: u8, rng: &mut Rng) -> Lies {
     let mut wires = vec![Wire::default(); usize::from(links)];
     let joined = (0..links).map(|link| News::Joined(link.into(), Some(link)));
     let workers = InMemory { guest, offer: &offer, wires: &mut wires, news: joined.collect() };
-    let (mut wire, options) = (Wire::default(), Options { live: rng.one_in(2), verify: false });
+    let (mut wire, options) =
+        (Wire::default(), Options { live: rng.one_in(2), verify: false, policy: Policy::Stock });
     let mut toolstack = FakeToolstack::new(guest);
     let _ = save_with(guest, &mut wire, &mut toolstack, Some(Box::new(workers)), &options);
     let mut stream = wire.bytes;

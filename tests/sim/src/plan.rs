@@ -1,7 +1,10 @@
 //! What a seed means: the guest, the machines, the network, and what goes wrong when.
 
+use std::time::Duration;
+
 use rxl_migrate::fake::{FakeDomain, Host, HvmSpec, P2mKind, PvSpec, Rng};
 use rxl_migrate::hypervisor::Domain;
+use rxl_migrate::source::precopy::{AtLimit, Limits, Policy};
 use serde_json::json;
 
 use crate::machine::{Machine, NAME};
@@ -116,6 +119,8 @@ pub(crate) struct Plan {
     run_every: u64,
     pub(crate) device_model: bool,
     pub(crate) verify: bool,
+    /// When the guest is suspended.
+    pub(crate) policy: Policy,
     pub(crate) stays_paused: bool,
     pub(crate) pipe_bytes: usize,
     latency: u64,
@@ -217,6 +222,23 @@ fn kill(dice: &mut Dice) -> Act {
     Act::Kill(if dice.0.one_in(2) { dice.one_of(&deciding) } else { dice.one_of(&ROLES) })
 }
 
+/// By time for most seeds, with a pause that has to be reached, or with none that could be.
+fn policy(seed: u64) -> Policy {
+    let milliseconds = |ms| Duration::from_millis(ms);
+    let limits = |pause, fixed| Limits {
+        pause: milliseconds(pause),
+        fixed: milliseconds(fixed),
+        time: seed.is_multiple_of(5).then(|| milliseconds(1_000)),
+        passes: 8,
+        at_limit: if seed.is_multiple_of(11) { AtLimit::Cancel } else { AtLimit::Force },
+    };
+    match seed % 3 {
+        0 => Policy::Stock,
+        1 => Policy::ByTime(limits(300, 100)),
+        _ => Policy::ByTime(limits(50, 49)),
+    }
+}
+
 impl Plan {
     pub(crate) fn new(seed: u64, plant: Option<Plant>) -> Plan {
         let mut dice = Dice(Rng::new(seed ^ 0x51a7_10ad_0b5e_55ed));
@@ -239,6 +261,7 @@ impl Plan {
             run_every,
             device_model: kind == Kind::Hvm,
             verify: dice.0.one_in(12),
+            policy: policy(seed),
             stays_paused: dice.0.one_in(8),
             pipe_bytes: dice.one_of(&[512, 4096, 65_536]),
             latency: dice.one_of(&[0, 1, 20, 300]),

@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult};
@@ -462,6 +463,8 @@ impl World {
 thread_local! {
     /// Whether the process that runs now got SIGTERM: the engine asks by a plain function.
     static TERMINATED: Cell<bool> = const { Cell::new(false) };
+    /// The clock, for the same reason.
+    static NOW: Cell<u64> = const { Cell::new(0) };
     /// Stacks of processes that have ended.
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
@@ -469,6 +472,11 @@ thread_local! {
 /// Whether the process that asks got SIGTERM.
 pub(crate) fn terminated() -> bool {
     TERMINATED.get()
+}
+
+/// The clock of the process that asks, which is that of the world.
+pub(crate) fn now() -> Duration {
+    Duration::from_millis(NOW.get())
 }
 
 type Running = Coroutine<(), Wait, (), DefaultStack>;
@@ -542,6 +550,7 @@ fn step(world: &Rc<RefCell<World>>, coroutines: &mut [Option<Running>], id: Proc
         // Work takes time.
         world.now += u64::from(world.rng.one_in(4));
         let (now, role) = (world.now, world.proc(id).role as u64);
+        NOW.set(now);
         world.trace.tick(role, now);
     }
     let Some(coroutine) = coroutines[id.0].as_mut() else { return };
