@@ -7,11 +7,13 @@
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
 
+use crate::policy::PolicyArgs;
 use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
 
 /// Moves running Xen guests to other hosts
@@ -53,7 +55,7 @@ pub(crate) struct Globals {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Move a running domain to another host
-    Migrate(MigrateArgs),
+    Migrate(Box<MigrateArgs>),
     /// Receive a domain from `rxl migrate` or `xl migrate` on standard input
     ///
     /// Started on the target by the sender. Standard output is the channel back to it.
@@ -143,6 +145,8 @@ pub(crate) struct MigrateArgs {
     /// Do not encrypt them: only in a network that nobody else can listen to [not in xl]
     #[arg(long)]
     pub(crate) no_encrypt: bool,
+    #[command(flatten)]
+    pub(crate) policy: PolicyArgs,
     /// Keep the domain's number at the target
     #[arg(short = 'D')]
     pub(crate) preserve_domid: bool,
@@ -161,8 +165,8 @@ pub(crate) struct MigrateArgs {
 }
 
 impl MigrateArgs {
-    /// How memory is to be moved.
-    pub(crate) fn ways(&self) -> anyhow::Result<Ways> {
+    /// How memory is to be moved. `fixed_part` of the pause is not memory, if that is known.
+    pub(crate) fn ways(&self, fixed_part: Option<Duration>) -> anyhow::Result<Ways> {
         let links = (self.streams != Some(0)).then(|| {
             let addresses = match self.addresses.as_slice() {
                 [] => ways::addresses_of(&self.nics)?,
@@ -171,7 +175,8 @@ impl MigrateArgs {
             let encrypted = !self.no_encrypt;
             anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted })
         });
-        Ok(Ways { workers: self.workers, links: links.transpose()? })
+        let policy = self.policy.policy(fixed_part);
+        Ok(Ways { workers: self.workers, links: links.transpose()?, policy })
     }
 }
 

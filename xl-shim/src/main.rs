@@ -19,6 +19,7 @@ mod events;
 mod fake;
 mod gate;
 mod guard;
+mod history;
 mod host;
 mod lock;
 mod migrate;
@@ -27,6 +28,7 @@ mod output;
 #[cfg(test)]
 mod pair_tests;
 mod passthrough;
+mod policy;
 mod receive;
 mod report;
 mod resume;

@@ -17,12 +17,12 @@ use anyhow::Context;
 use rxl_migrate::counters::Counters;
 use rxl_migrate::report::{Event, PassPages, Stamped};
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::timeline::{Mark, Timeline};
 
 /// How a migration ended, as in the report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Outcome {
     /// The guest runs at the target.
@@ -100,6 +100,10 @@ pub(crate) struct Report {
     /// From the request to suspend until the guest was suspended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) suspend_wait_ms: Option<f64>,
+    /// What the policy expected the pause to be when it suspended the guest; its time to follow
+    /// the request is not in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) pause_expected_ms: Option<u64>,
     /// The pause by cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pause: Option<Pause>,
@@ -171,6 +175,10 @@ impl Report {
             total_ms: span(at(Mark::Started), ended).unwrap_or(0.0),
             pause_ms: span(suspended, reported),
             suspend_wait_ms: span(asked, suspended),
+            pause_expected_ms: facts.events.iter().rev().find_map(|s| match s.event {
+                Event::PauseExpected { ms } => Some(ms),
+                _ => None,
+            }),
             pause: pause(facts, suspended, reported),
             bytes,
             rate_mib_s: bytes.zip(seconds).map(|(b, s)| as_f64(b) / MIB / s),
@@ -190,6 +198,9 @@ impl Report {
         );
         if let Some(pause) = self.pause_ms {
             line += &format!(": pause {pause:.0} ms");
+            if let Some(expected) = self.pause_expected_ms {
+                line += &format!(" ({expected} expected)");
+            }
         }
         if let (Some(bytes), Some(rate)) = (self.bytes, self.rate_mib_s) {
             let passes = self.passes.len();

@@ -33,7 +33,7 @@ use rxl_toolstack::{abort, inherit};
 use crate::Exit;
 use crate::events;
 use crate::passthrough;
-use crate::timeline::now_ns;
+use crate::timeline::{now, now_ns};
 use crate::ways::Ways;
 
 /// The name under which any program is libxl's helper.
@@ -82,8 +82,10 @@ fn run_save(args: &SaveArgs) -> anyhow::Result<()> {
     if let Some(sink) = event_sink() {
         channel = channel.with_events(sink);
     }
-    let options = source::Options { live: args.live, verify: args.debug };
-    let result = save(args.domain, &stream, &mut channel, &options);
+    let ways = Ways::from_environment();
+    let policy = ways.policy.0;
+    let options = source::Options { live: args.live, verify: args.debug, policy };
+    let result = save(args.domain, &stream, &mut channel, &ways, &options);
     complete(channel, result.err(), "saving")
 }
 
@@ -91,10 +93,11 @@ fn save(
     domain: DomId,
     stream: &OwnedFd,
     channel: &mut Channel,
+    ways: &Ways,
     options: &source::Options,
 ) -> rxl_migrate::Result<()> {
     let failed = |source| rxl_migrate::Error::Worker { what: "starting workers", source };
-    let workers = start_workers(domain, stream).map_err(failed)?;
+    let workers = start_workers(domain, stream, ways).map_err(failed)?;
     let turn = workers.as_ref().map(Pool::turn).transpose().map_err(failed)?;
     let mut out = SharedOut::new(FdOut::new(stream), turn);
     let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers>);
@@ -104,8 +107,7 @@ fn save(
 }
 
 /// As many as the environment asks for, or help; `None`: this process does the work alone.
-fn start_workers(domain: DomId, stream: &OwnedFd) -> io::Result<Option<Pool>> {
-    let ways = Ways::from_environment();
+fn start_workers(domain: DomId, stream: &OwnedFd, ways: &Ways) -> io::Result<Option<Pool>> {
     let (count, mode) = (ways.stream_workers(), ways.mode());
     // Nobody who reads a file later could come to a link.
     let is_file = FileType::from_raw_mode(fstat(stream)?.st_mode) == FileType::RegularFile;
@@ -144,7 +146,7 @@ fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
 fn channel(domain: DomId, callbacks: Callbacks) -> io::Result<Channel> {
     let replies = File::from(io::stdin().as_fd().try_clone_to_owned()?);
     let messages = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    Ok(HelperChannel::new(replies, messages, domain, callbacks, abort::requested))
+    Ok(HelperChannel::new(replies, messages, domain, callbacks, abort::requested, now))
 }
 
 /// Tells libxl how it ended.

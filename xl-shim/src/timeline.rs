@@ -1,5 +1,7 @@
 //! When things happened at the sender, on the clock that the save helper stamps its events with.
 
+use std::time::Duration;
+
 use rustix::time::{ClockId, clock_gettime};
 
 /// Steps of a migration that rxl sees itself.
@@ -40,9 +42,12 @@ impl Timeline {
     }
 }
 
-/// The monotonic clock.
+/// The monotonic clock, in nanoseconds.
 pub(crate) fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::Monotonic);
-    let part = |value| u64::try_from(value).unwrap_or(0);
-    part(now.tv_sec) * 1_000_000_000 + part(now.tv_nsec)
+    u64::try_from(now().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The monotonic clock.
+pub(crate) fn now() -> Duration {
+    clock_gettime(ClockId::Monotonic).try_into().unwrap_or_default()
 }

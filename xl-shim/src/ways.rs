@@ -1,4 +1,5 @@
-//! How the save helper is to move memory: its workers, and the links that it may offer.
+//! How the save helper is to move memory: its workers, the links that it may offer, and when it
+//! suspends the guest.
 //!
 //! `rxl migrate` has options for it; the helper, which libxl starts, is told by variables of the
 //! environment. Under stock `xl` or libvirt the same variables are the user's. What is not said is
@@ -17,6 +18,8 @@ use rxl_toolstack::doorman::Doorman;
 use rxl_toolstack::inherit;
 use rxl_toolstack::senders::WORKERS_MAX;
 use rxl_toolstack::worker::Mode;
+
+use crate::policy::{self, PolicyWanted};
 
 /// `N`, `N:process` or `N:thread`: workers of the save helper.
 const WORKERS_ENV: &str = "RXL_WORKERS";
@@ -92,6 +95,7 @@ pub(crate) struct Ways {
     pub(crate) workers: WorkersWanted,
     /// `None`: the stream is all there is.
     pub(crate) links: Option<LinksWanted>,
+    pub(crate) policy: PolicyWanted,
 }
 
 impl Ways {
@@ -105,7 +109,8 @@ impl Ways {
             count: variable::<u8>(STREAMS_ENV).filter(|count| *count > 0),
             encrypted: env::var_os(NO_ENCRYPT_ENV).is_none_or(|value| value.is_empty()),
         });
-        Ways { workers, links }
+        let policy = variable::<PolicyWanted>(policy::ENV).unwrap_or_default();
+        Ways { workers, links, policy }
     }
 
     /// Passes it on to the save helper. To be called while there is one thread.
@@ -122,6 +127,7 @@ impl Ways {
             (ADDRESSES_ENV, addresses),
             (STREAMS_ENV, streams),
             (NO_ENCRYPT_ENV, no_encrypt),
+            (policy::ENV, self.policy.to_string()),
         ];
         for (name, value) in all {
             inherit::set_variable(name, value.as_ref()).context("telling the save helper")?;
@@ -206,7 +212,7 @@ mod tests {
 
     #[test]
     fn one_worker_is_the_helper_itself() {
-        let ways = |text: &str| Ways { workers: text.parse().unwrap(), links: None };
+        let ways = |text: &str| Ways { workers: text.parse().unwrap(), ..Ways::default() };
         assert_eq!(ways("1").stream_workers(), 0);
         assert_eq!(ways("5").stream_workers(), 5);
         assert!(usize::from(ways("auto").stream_workers()) <= STREAM_WORKERS_CHOSEN_MAX);
@@ -218,7 +224,8 @@ mod tests {
         let links = |workers: &str, count| {
             let addresses = vec!["127.0.0.1".parse().unwrap(); 3];
             let links = Some(LinksWanted { addresses, count, encrypted: true });
-            Ways { workers: workers.parse().unwrap(), links }.doorman().unwrap().offer().links
+            let workers = workers.parse().unwrap();
+            Ways { workers, links, ..Ways::default() }.doorman().unwrap().offer().links
         };
         assert_eq!(links("1", None), 3);
         assert_eq!(links("5", None), 5);

@@ -22,6 +22,7 @@ use crate::cli::{Globals, MigrateArgs};
 use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Side};
+use crate::history::History;
 use crate::host::{self, Progress};
 use crate::lock::Lock;
 use crate::output::{self, Screen};
@@ -58,7 +59,8 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     host::become_save_helper()?;
     let pipe = EventsPipe::new()?;
     host::pass_events(&pipe)?;
-    args.ways()?.pass_on()?;
+    let history = History::of_this_host();
+    args.ways(history.fixed_part(&args.domain, &args.host))?.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
     let guest = find_guest(&host, args)?;
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
@@ -79,6 +81,9 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     }
     if globals.verbose > 0 {
         report.details().iter().for_each(|line| screen.line(line));
+    }
+    if let Err(error) = history.keep(&report) {
+        tracing::warn!("the report is not kept: {error:#}");
     }
     if let Some(path) = &args.report {
         report.write(path)?;
