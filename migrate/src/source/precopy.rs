@@ -18,6 +18,9 @@ const GAIN: f64 = 0.9;
 /// So many passes in a row without a gain are enough: what is left has the size of what the guest
 /// writes again and again.
 const PASSES_WITHOUT_GAIN_MAX: u32 = 3;
+/// Where sending what is left takes less than one part in so many of all else, more passes gain
+/// nothing either, even if the pause is too long.
+const NEGLIGIBLE: u32 = 10;
 /// Bytes that a pass has to send for its rate to be believed. Smaller ones measure how long a pass
 /// takes to begin and to end.
 const BELIEVED_BYTES_MIN: u64 = 4 << 20;
@@ -137,12 +140,14 @@ impl Precopy {
 
     fn by_time(&mut self, limits: &Limits, passes: u32, seen: &Seen) -> Decision {
         self.learn(seen);
-        let pause = self.pause(limits, seen);
+        let (besides, sending) = (limits.fixed.saturating_add(seen.reading), self.sending(seen));
+        let pause = besides.saturating_add(sending);
         if pause <= limits.pause {
             return Decision::Stop(Some(pause));
         }
         let late = limits.time.is_some_and(|time| seen.elapsed >= time);
-        let futile = self.without_gain >= PASSES_WITHOUT_GAIN_MAX;
+        let futile = self.without_gain >= PASSES_WITHOUT_GAIN_MAX
+            || sending.saturating_mul(NEGLIGIBLE) <= besides;
         match (late || futile || passes >= limits.passes, limits.at_limit) {
             (false, _) => Decision::Continue,
             (true, AtLimit::Force) => Decision::Stop(Some(pause)),
@@ -163,15 +168,14 @@ impl Precopy {
         self.least = self.least.min(seen.left);
     }
 
-    /// How long the guest would be suspended if it were now.
-    fn pause(&self, limits: &Limits, seen: &Seen) -> Duration {
-        let sending = match self.rate {
+    /// How long sending what is left would take.
+    fn sending(&self, seen: &Seen) -> Duration {
+        let seconds = match self.rate {
             Some(rate) if rate > 0.0 => seen.left as f64 / rate,
             _ if seen.left == 0 => 0.0,
             _ => seen.took.as_secs_f64(),
         };
-        let sending = Duration::try_from_secs_f64(sending).unwrap_or(Duration::MAX);
-        limits.fixed.saturating_add(seen.reading).saturating_add(sending)
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
     }
 }
 
@@ -237,6 +241,16 @@ mod tests {
         for (at_limit, pause) in [(AtLimit::Force, 2660), (AtLimit::Cancel, 2660)] {
             let (passes, end) = moved(Policy::ByTime(limits(at_limit)), 100, 300, 256);
             assert_eq!((passes, expected(end)), (4, pause));
+            assert_eq!(matches!(end, Decision::Cancel(_)), at_limit == AtLimit::Cancel);
+        }
+    }
+
+    #[test]
+    fn where_the_fixed_part_is_too_long_already_memory_is_not_sent_in_vain() {
+        for at_limit in [AtLimit::Force, AtLimit::Cancel] {
+            let limits = Limits { fixed: Duration::from_millis(400), ..limits(at_limit) };
+            let (passes, end) = moved(Policy::ByTime(limits), 1000, 30, 512);
+            assert_eq!((passes, expected(end)), (1, 430));
             assert_eq!(matches!(end, Decision::Cancel(_)), at_limit == AtLimit::Cancel);
         }
     }
