@@ -222,7 +222,7 @@ fn sender_is_killed(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
     kill(session.host(1)?, "(rxl migrate|[^ ]+ --save-domain) ")?;
     let again = format!("rxl migrate {guest} host2");
-    fails(session, &again, &["another migration of", "is putting things right"])?;
+    fails(session, &again, &["is being migrated", "is putting things right"])?;
     let finished = migration.finish(FAILURE_TIMEOUT)?;
     ensure!(!finished.status.success(), "{}", describe(&finished));
     Ok(())

@@ -107,6 +107,11 @@ pub trait Lifecycle {
     /// # Errors
     /// libxl's, e.g. where the name is taken.
     fn rename(&self, domain: DomId, from: &str, to: &str) -> Result<()>;
+    /// Stops it where it is; a suspended one then does not run when it is resumed.
+    ///
+    /// # Errors
+    /// libxl's.
+    fn pause(&self, domain: DomId) -> Result<()>;
     /// Lets it run.
     ///
     /// # Errors

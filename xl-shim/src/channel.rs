@@ -1,9 +1,12 @@
 //! The two descriptors between sender and receiver, as [`rxl_migrate::xl::channel`] wants them:
 //! waiting on them, with patience and with an eye on the gate.
 //!
+//! A file has one direction; the other leads nowhere.
+//!
 //! What it is not: it knows no message. The stream of the domain does not pass through here: the
 //! save helper has the descriptor for that long.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -30,6 +33,17 @@ pub(crate) struct Channel {
 impl Channel {
     pub(crate) fn new(input: OwnedFd, output: OwnedFd, gate: Arc<Gate>) -> Channel {
         Channel { input, output, gate }
+    }
+
+    /// For a file that is written.
+    pub(crate) fn to_file(file: OwnedFd, gate: Arc<Gate>) -> io::Result<Channel> {
+        Ok(Channel::new(File::open("/dev/null")?.into(), file, gate))
+    }
+
+    /// For a file that is read.
+    pub(crate) fn from_file(file: OwnedFd, gate: Arc<Gate>) -> io::Result<Channel> {
+        let nowhere = File::options().write(true).open("/dev/null")?;
+        Ok(Channel::new(file, nowhere.into(), gate))
     }
 
     pub(crate) fn input(&self) -> BorrowedFd<'_> {

@@ -15,8 +15,9 @@ use rxl_migrate::stream::link::LINKS_MAX;
 
 use crate::policy::PolicyArgs;
 use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
+use crate::words::{self, Message};
 
-/// Moves running Xen guests to other hosts
+/// Moves running Xen guests to other hosts, or to files and back
 ///
 /// rxl has the verbs below. Every other verb is xl's: `rxl VERB …` runs the host's real xl with
 /// the same arguments.
@@ -61,9 +62,14 @@ pub(crate) enum Verb {
     /// Started on the target by the sender. Standard output is the channel back to it.
     #[command(name = "migrate-receive")]
     MigrateReceive(ReceiveArgs),
-    /// Let a domain run on that is suspended after a migration of which nobody knows how it ended
+    /// Save a running domain to a file
+    Save(SaveArgs),
+    /// Make a domain from a file that `rxl save` or `xl save` has written
+    Restore(RestoreArgs),
+    /// Let a domain run on that a migration or a save has left suspended
     ///
-    /// Only after a look at the target: if the domain runs there it must not run here too.
+    /// Only after a look at the target: if the domain runs there it must not run here too. A file
+    /// that it was saved to is of no use from then on.
     Resume {
         /// Name (also NAME--migratedaway, which becomes NAME again) or number
         #[arg(value_name = "DOM")]
@@ -77,14 +83,15 @@ pub(crate) enum Verb {
     },
     /// Print the manual page
     Man,
-    /// Wait for a domain's end and do what its configuration says (run by migrate-receive)
+    /// Wait for a domain's end and do what its configuration says (run by migrate-receive and
+    /// restore)
     #[command(name = "domain-monitor", hide = true)]
     DomainMonitor {
         /// Number
         domid: u16,
     },
-    /// Put things right if the migration it belongs to is killed (run by migrate and by
-    /// migrate-receive)
+    /// Put things right if the rxl it belongs to is killed (run by migrate, migrate-receive, save
+    /// and restore)
     #[command(name = "domain-guard", hide = true)]
     DomainGuard {
         /// Which end it belongs to
@@ -94,6 +101,9 @@ pub(crate) enum Verb {
         name: String,
         /// Number, at the source
         domid: Option<u16>,
+        /// An unfinished file to remove
+        #[arg(long)]
+        draft: Option<PathBuf>,
     },
 }
 
@@ -197,6 +207,96 @@ pub(crate) struct ReceiveArgs {
     pub(crate) paused: bool,
 }
 
+/// The name of a file that means standard input or output.
+pub(crate) const STDIO: &str = "-";
+
+/// Options of `save`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+The file is written under another name beside FILE and gets its own once it is complete and on \
+the disk; only then the domain ends. A failure, Ctrl-C, SIGTERM or SIGHUP before that leaves the \
+domain running and the file that was there. A saved domain of the same guest (the same UUID) is \
+replaced, any other file only with --force.\n\n\
+With `-` the domain ends as soon as all of it has been written to standard output, whatever \
+becomes of it there: use -p as well, and destroy the domain once the copy is safe.\n\n\
+Exit codes: 0 it is saved; 1 it failed, and standard error says how the domain is; 2 wrong usage; \
+130 cancelled.")]
+pub(crate) struct SaveArgs {
+    /// Domain: name or number
+    #[arg(value_name = "DOM")]
+    pub(crate) domain: String,
+    /// File, or - for standard output [-: not in xl]
+    #[arg(value_name = "FILE")]
+    pub(crate) file: String,
+    /// Save this configuration (xl.cfg) with it; the guest keeps its name and UUID
+    #[arg(value_name = "CONFIG")]
+    pub(crate) config: Option<String>,
+    /// Let the domain run on; its disks and the file then no longer belong together
+    #[arg(short = 'c')]
+    pub(crate) running: bool,
+    /// Leave the domain paused
+    #[arg(short = 'p')]
+    pub(crate) paused: bool,
+    /// Keep the domain's number for when it is restored
+    #[arg(short = 'D')]
+    pub(crate) preserve_domid: bool,
+    /// Replace FILE whatever it is [not in xl]
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Who maps and writes memory: a number, also with `:process` or `:thread`; or auto
+    /// [not in xl]
+    #[arg(long, value_name = "N", default_value = "auto")]
+    pub(crate) workers: WorkersWanted,
+    /// Write a report as JSON to REPORT, also when the save fails [not in xl]
+    #[arg(long, value_name = "REPORT")]
+    pub(crate) report: Option<PathBuf>,
+}
+
+/// Options of `restore`.
+#[derive(Clone, Debug, Args)]
+#[command(override_usage = "rxl restore [OPTIONS] [CONFIG] FILE")]
+#[command(after_help = "\
+Ctrl-C, SIGTERM and SIGHUP cancel it until the domain is complete; nothing of it is left then.\n\n\
+Exit codes: 0 the domain is there; 1 it is not; 2 wrong usage; 130 cancelled.")]
+pub(crate) struct RestoreArgs {
+    /// A file from `save`, or - for standard input [-: not in xl]; before it, a configuration
+    /// (xl.cfg) that takes the place of the saved one, name and UUID included
+    #[arg(value_name = "FILE", required = true, num_args = 1..=2)]
+    files: Vec<String>,
+    /// Leave the domain paused
+    #[arg(short = 'p')]
+    pub(crate) paused: bool,
+    /// No monitoring process: nobody acts when the guest reboots or ends
+    #[arg(short = 'e')]
+    pub(crate) no_monitor: bool,
+    /// Print the configuration on standard error
+    #[arg(short = 'd')]
+    pub(crate) debug: bool,
+    /// Stay in the foreground, and be the monitoring process
+    #[arg(short = 'F')]
+    pub(crate) foreground: bool,
+    /// Connect to the domain's console once it is there, by the real xl
+    #[arg(short = 'c')]
+    pub(crate) console: bool,
+    /// Start a VNC viewer for it, by the real xl
+    #[arg(short = 'V', long)]
+    pub(crate) vncviewer: bool,
+    /// The same, and give the viewer the password
+    #[arg(short = 'A', long = "vncviewer-autopass")]
+    pub(crate) autopass: bool,
+}
+
+impl RestoreArgs {
+    /// The configuration file, if there is one, and the file to restore.
+    pub(crate) fn files(&self) -> (Option<&str>, &str) {
+        match self.files.as_slice() {
+            [config, file] => (Some(config), file),
+            [file, ..] => (None, file),
+            [] => (None, ""),
+        }
+    }
+}
+
 /// What to do with a command line.
 #[derive(Debug)]
 pub(crate) enum Parsed {
@@ -269,14 +369,14 @@ fn explain(error: &clap::Error, verb: &str) -> Parsed {
         ErrorKind::UnknownArgument if text(ContextKind::InvalidArg).starts_with('-') => {
             let option = text(ContextKind::InvalidArg);
             let letter = option.strip_prefix('-').filter(|o| o.len() == 1);
-            format!("option `{}' not supported.", letter.unwrap_or(&option))
+            words::fill(words::NO_OPTION, &[&letter.unwrap_or(&option)])
         }
         ErrorKind::MissingRequiredArgument => {
             let wanted = Cli::command()
                 .find_subcommand(verb)
                 .map_or(0, |c| c.get_positionals().filter(|p| p.is_required_set()).count());
             let s = if wanted == 1 { "" } else { "s" };
-            format!("'xl {verb}' requires at least {wanted} argument{s}.")
+            words::fill(words::TOO_FEW, &[&verb, &wanted, &s])
         }
         _ => return Parsed::Usage(error.to_string()),
     };
@@ -293,7 +393,7 @@ pub(crate) fn completions(shell: clap_complete::Shell) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// The manual page: the program, then each verb.
+/// The manual page: the program, each verb, and what `xl` would say as well.
 pub(crate) fn man() -> std::io::Result<String> {
     let mut cli = Cli::command();
     cli.build();
@@ -307,5 +407,20 @@ pub(crate) fn man() -> std::io::Result<String> {
         page.render_description_section(&mut out)?;
         page.render_options_section(&mut out)?;
     }
+    out.extend_from_slice(messages_section().as_bytes());
     Ok(String::from_utf8_lossy(&out).into_owned())
+}
+
+/// The manual's section of `xl`'s messages, in roff.
+fn messages_section() -> String {
+    let mut out = ".SH MESSAGES\nOn standard error, word for word as xl's:\n".to_owned();
+    for Message { verbs, text, meaning } in words::MESSAGES {
+        out += ".TP\n";
+        for line in text.lines() {
+            // A quote or a point in the first place would be a command.
+            out += &format!("\\&{line}\n.br\n");
+        }
+        out += &format!("({verbs}) {meaning}\n");
+    }
+    out
 }

@@ -27,6 +27,8 @@ pub(crate) enum Condition {
     Runs,
     Paused,
     Suspended,
+    /// Suspended, and paused when it is resumed.
+    SuspendedPaused,
 }
 
 /// A request.
@@ -35,6 +37,7 @@ pub(crate) enum Request {
     Save,
     Restore,
     Rename,
+    Pause,
     Unpause,
     Resume,
     Destroy,
@@ -101,10 +104,17 @@ impl FakeHost {
         self.0.domains.lock().unwrap().get_mut(&domid.0).unwrap().1 = condition;
     }
 
-    fn write_stream(&self, domid: DomId, fd: BorrowedFd<'_>) -> std::io::Result<()> {
+    fn condition(&self, domid: DomId) -> Condition {
+        self.0.domains.lock().unwrap().get(&domid.0).unwrap().1
+    }
+
+    fn write_stream(&self, domid: DomId, fd: BorrowedFd<'_>, live: bool) -> std::io::Result<()> {
         let mut file = File::from(fd.try_clone_to_owned()?);
-        let (live, last) = STREAM.split_at(STREAM.len() * 3 / 4);
-        file.write_all(live)?;
+        let (first, last) = STREAM.split_at(STREAM.len() * 3 / 4);
+        if !live {
+            self.set(domid, Condition::Suspended);
+        }
+        file.write_all(first)?;
         if self.0.cancelled.load(SeqCst) {
             return Err(std::io::Error::other("cancelled"));
         }
@@ -133,7 +143,7 @@ impl Lifecycle for FakeHost {
     fn state(&self, domain: DomId) -> Result<DomainState> {
         Ok(match self.0.domains.lock().unwrap().get(&domain.0) {
             None => DomainState::Gone,
-            Some((_, Condition::Suspended)) => DomainState::Suspended,
+            Some((_, Condition::Suspended | Condition::SuspendedPaused)) => DomainState::Suspended,
             Some(_) => DomainState::Alive,
         })
     }
@@ -142,9 +152,9 @@ impl Lifecycle for FakeHost {
         Ok(format!(r#"{{"c_info":{{"name":"{}"}}}}"#, self.name(domain)?))
     }
 
-    fn save(&self, domain: DomId, fd: BorrowedFd<'_>, _live: bool, _debug: bool) -> Result<()> {
+    fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, _debug: bool) -> Result<()> {
         self.ask(Request::Save)?;
-        let saved = self.write_stream(domain, fd);
+        let saved = self.write_stream(domain, fd, live);
         let rc = if self.0.cancelled.swap(false, SeqCst) { CANCELLED } else { -3 };
         saved.map_err(|_| {
             self.0.log_dirty.store(true, SeqCst);
@@ -184,6 +194,18 @@ impl Lifecycle for FakeHost {
         Ok(())
     }
 
+    fn pause(&self, domain: DomId) -> Result<()> {
+        self.ask(Request::Pause)?;
+        self.set(
+            domain,
+            match self.condition(domain) {
+                Condition::Runs | Condition::Paused => Condition::Paused,
+                Condition::Suspended | Condition::SuspendedPaused => Condition::SuspendedPaused,
+            },
+        );
+        Ok(())
+    }
+
     fn unpause(&self, domain: DomId) -> Result<()> {
         self.ask(Request::Unpause)?;
         self.set(domain, Condition::Runs);
@@ -193,7 +215,8 @@ impl Lifecycle for FakeHost {
     fn resume(&self, domain: DomId) -> Result<()> {
         self.ask(Request::Resume)?;
         assert_eq!(self.state(domain).unwrap(), DomainState::Suspended);
-        self.set(domain, Condition::Runs);
+        let paused = self.condition(domain) == Condition::SuspendedPaused;
+        self.set(domain, if paused { Condition::Paused } else { Condition::Runs });
         Ok(())
     }
 

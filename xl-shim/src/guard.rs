@@ -1,11 +1,11 @@
-//! The process that puts things right if the migration it belongs to is killed. What it does, and
+//! The process that puts things right if the rxl that it belongs to is killed. What it does, and
 //! when, is [`rxl_migrate::xl::guard`]'s.
 
-use std::env;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
@@ -21,10 +21,24 @@ use crate::output::{self, Screen};
 /// Which end a guard belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Side {
-    /// The domain is being sent.
+    /// The domain is being sent or saved.
     Source,
-    /// It is being received.
+    /// It is being received or restored.
     Target,
+}
+
+/// What a guard watches over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ward<'a> {
+    /// A domain that is sent or saved.
+    Leaving {
+        domid: DomId,
+        name: &'a str,
+        /// The file that it is written to and that has no name of its own yet.
+        draft: Option<&'a Path>,
+    },
+    /// A copy of that name that is made.
+    Copy(&'a str),
 }
 
 /// A guest that was asked to suspend follows within libxl's limit, or never.
@@ -41,16 +55,10 @@ impl Guard {
         Guard(None)
     }
 
-    /// Starts a guard. Without one a migration is as safe as with `xl`, so that is no error.
-    /// It holds `lock` with its owner.
-    pub(crate) fn start(
-        side: Side,
-        name: &str,
-        domid: Option<DomId>,
-        lock: &Lock,
-        screen: &Screen,
-    ) -> Guard {
-        match Guard::spawn(side, name, domid, lock) {
+    /// Starts a guard. Without one rxl is as safe as `xl`, so that is no error. It holds `lock`
+    /// with its owner.
+    pub(crate) fn start(ward: Ward<'_>, lock: &Lock, screen: &Screen) -> Guard {
+        match Guard::spawn(ward, lock) {
             Ok(guard) => guard,
             Err(error) => {
                 screen.line(&format!("rxl: going on without a guard process: {error}"));
@@ -59,17 +67,21 @@ impl Guard {
         }
     }
 
-    fn spawn(side: Side, name: &str, domid: Option<DomId>, lock: &Lock) -> io::Result<Guard> {
-        let side = match side {
-            Side::Source => "source",
-            Side::Target => "target",
-        };
+    fn spawn(ward: Ward<'_>, lock: &Lock) -> io::Result<Guard> {
         let mut command = Command::new(env::current_exe()?);
-        command
-            .args(["domain-guard", side, "--", name])
-            .args(domid.map(|d| d.to_string()))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null());
+        command.arg("domain-guard");
+        match ward {
+            Ward::Leaving { domid, name, draft } => {
+                if let Some(draft) = draft {
+                    command.arg("--draft").arg(draft);
+                }
+                command.args(["source", "--", name, &domid.to_string()]);
+            }
+            Ward::Copy(name) => {
+                command.args(["target", "--", name]);
+            }
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
         let mut child = lock.inherited_by(|| command.spawn())?;
         let pipe = child.stdin.take();
         Ok(Guard(pipe.map(|pipe| (child, pipe))))
@@ -106,11 +118,15 @@ pub(crate) fn run(
     side: Side,
     name: &str,
     domid: Option<u16>,
+    draft: Option<&Path>,
 ) -> anyhow::Result<Exit> {
     // Away from the terminal, whose Ctrl-C is for the owner to judge.
     rustix::process::setsid().context("leaving the session")?;
     if !guard::is_needed(&mut io::stdin()) {
         return Ok(Exit::Success);
+    }
+    if let Some(draft) = draft {
+        remove(draft);
     }
     let host = host::open(globals, Progress::Silent)?;
     match (side, domid) {
@@ -118,8 +134,21 @@ pub(crate) fn run(
         (Side::Source, None) => bail!("which domain?"),
         (Side::Target, _) => clear(&host, name)?,
     }
-    output::stderr(&format!("rxl: the migration of {name} was killed; its guard has cleaned up"));
+    output::stderr(&format!(
+        "rxl: the rxl that moved, saved or restored {name} was killed; its guard has cleaned up"
+    ));
     Ok(Exit::Success)
+}
+
+/// Removes an unfinished file, if it has not got its name; the save helper may write to it for a
+/// moment yet.
+fn remove(draft: &Path) {
+    match fs::remove_file(draft) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            output::stderr(&format!("rxl: removing {}: {error}", draft.display()));
+        }
+        _ => {}
+    }
 }
 
 /// Puts the source right.
@@ -188,6 +217,16 @@ mod tests {
             keep(&host, domid, "web").unwrap();
             assert_eq!(host.domains(), [("web".to_owned(), Condition::Runs)]);
         }
+    }
+
+    #[test]
+    fn an_unfinished_file_goes_and_one_that_has_its_name_already_is_no_matter() {
+        let dir = tempfile::tempdir().unwrap();
+        let draft = dir.path().join("web.save.x.partial");
+        fs::write(&draft, b"half").unwrap();
+        remove(&draft);
+        assert!(!draft.exists());
+        remove(&draft);
     }
 
     #[test]

@@ -100,17 +100,15 @@ fn read(path: &Path) -> Option<Kept> {
 
 #[cfg(test)]
 mod tests {
-    use rxl_migrate::xl::handshake::SenderEnd;
-
     use super::*;
-    use crate::report::Facts;
+    use crate::report::{Facts, Target};
     use crate::timeline::Timeline;
 
     fn report() -> Report {
         Report::new(&Facts {
             domain: "a",
-            host: "one",
-            end: SenderEnd::Moved,
+            target: Target::Host("one".to_owned()),
+            outcome: Outcome::Moved,
             cause: &[],
             timeline: &Timeline::default(),
             events: &[],

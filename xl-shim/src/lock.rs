@@ -1,8 +1,8 @@
-//! At most one migration of a domain at a time on a host.
+//! At most one migration, save or restore of a domain at a time on a host.
 //!
-//! A migration that was killed is not over when its process is: its guard still has to put things
-//! right, and its save helper to notice. A second one meanwhile would be hit by them: a guest that
-//! it has suspended would be let run on, and then run twice. So who migrates, or resumes by hand,
+//! One that was killed is not over when its process is: its guard still has to put things right,
+//! and its save helper to notice. A second one meanwhile would be hit by them: a guest that it has
+//! suspended would be let run on, and then run twice. So who does any of this, or resumes by hand,
 //! holds a lock, which its guard and its helper inherit; it is free when the last of them ends,
 //! however that comes about.
 //!
@@ -26,12 +26,13 @@ const NAME_BYTES_MAX: usize = 100;
 pub(crate) struct Lock(OwnedFd);
 
 impl Lock {
-    /// For the sender of `domain`, called `name`, or whoever else lets it run on.
+    /// For who sends or saves `domain`, called `name`, or lets it run on.
     pub(crate) fn of_domain(domain: DomId, name: &str) -> anyhow::Result<Lock> {
         Lock::take(&format!("rxl/domain/{domain}"), name)
     }
 
-    /// For the receiver of a domain called `name`. Very long names that begin alike have one lock.
+    /// For who receives or restores a domain called `name`. Very long names that begin alike have
+    /// one lock.
     pub(crate) fn of_incoming(name: &str) -> anyhow::Result<Lock> {
         Lock::take(&format!("rxl/incoming/{name}"), name)
     }
@@ -42,8 +43,8 @@ impl Lock {
         match UnixDatagram::bind_addr(&address.context("naming the domain's lock")?) {
             Ok(socket) => Ok(Lock(socket.into())),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
-                "another migration of {name} is under way here, or what guards one that was \
-                 killed is putting things right, which takes a minute at most"
+                "{name} is being migrated, saved or restored here already, or what guards an rxl \
+                 that was killed is putting things right, which takes a minute at most"
             ),
             Err(error) => Err(error).context("taking the domain's lock"),
         }
@@ -102,7 +103,10 @@ mod tests {
     fn a_lock_is_free_when_its_owner_and_the_owners_guard_are_gone() {
         let lock = take("guard").unwrap();
         let text = take("guard").unwrap_err().to_string();
-        assert!(text.starts_with("another migration of web is under way"), "{text}");
+        assert!(
+            text.starts_with("web is being migrated, saved or restored here already"),
+            "{text}"
+        );
         take("other").unwrap();
         let guard = lock.inherited_by(start).unwrap();
         let transport = start().unwrap();

@@ -1,8 +1,9 @@
-//! `rxl`: moves running Xen guests between hosts; a drop-in for `xl migrate`.
+//! `rxl`: moves running Xen guests between hosts, and to files and back; a drop-in for `xl`.
 //!
 //! One program under several names and verbs:
 //!
 //! - `rxl migrate`, `rxl migrate-receive`: the two ends of a migration ([`migrate`], [`receive`]);
+//! - `rxl save`, `rxl restore`: the same with a file ([`save`], [`restore`]);
 //! - libxl's save helper, which moves the memory ([`save_helper`]);
 //! - processes that those start: [`guard`], [`monitor`];
 //! - every other verb is the real `xl`'s ([`passthrough`]).
@@ -14,9 +15,12 @@
 
 mod channel;
 mod cli;
+mod config;
 mod events;
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod file_tests;
 mod gate;
 mod guard;
 mod history;
@@ -24,6 +28,7 @@ mod host;
 mod lock;
 mod migrate;
 mod monitor;
+mod outgoing;
 mod output;
 #[cfg(test)]
 mod pair_tests;
@@ -31,11 +36,15 @@ mod passthrough;
 mod policy;
 mod receive;
 mod report;
+mod restore;
 mod resume;
+mod save;
 mod save_helper;
+mod stdio;
 mod timeline;
 mod transport;
 mod ways;
+mod words;
 
 use std::env;
 use std::ffi::OsString;
@@ -48,13 +57,14 @@ use tracing_subscriber::EnvFilter;
 /// All exit codes. 0, 1 and 2 are `xl`'s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
-    /// Done; for `migrate`: the domain runs at the target.
+    /// Done; for `migrate`: the domain runs at the target; for `save`: the file is complete.
     Success = 0,
     /// It failed; standard error says what became of the domain.
     Failed = 1,
     /// The command line is wrong.
     Usage = 2,
-    /// `migrate`: a signal came while it could still be cancelled, and the domain runs on here.
+    /// A signal came while it could still be cancelled, and the domain runs on here; for
+    /// `restore`: there is none.
     /// As a shell reports a program that Ctrl-C ended.
     Cancelled = 130,
 }
@@ -96,14 +106,18 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
     let globals = &cli.globals;
     init_log(globals.verbose);
     if globals.dry_run {
-        anyhow::bail!("command does not implement -N (dryrun) option");
+        anyhow::bail!(words::NO_DRY_RUN);
     }
     match &cli.verb {
         Verb::Migrate(args) => migrate::run(globals, args),
         Verb::MigrateReceive(args) => receive::run(globals, args),
+        Verb::Save(args) => save::run(globals, args),
+        Verb::Restore(args) => restore::run(globals, args),
         Verb::Resume { domain } => resume::run(globals, domain),
         Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
-        Verb::DomainGuard { side, name, domid } => guard::run(globals, *side, name, *domid),
+        Verb::DomainGuard { side, name, domid, draft } => {
+            guard::run(globals, *side, name, *domid, draft.as_deref())
+        }
         Verb::Completions { shell } => {
             output::stdout(&cli::completions(*shell));
             Ok(Exit::Success)

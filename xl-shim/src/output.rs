@@ -1,8 +1,8 @@
-//! All text that the program prints. What `xl` prints at the same points is printed as `xl`
-//! prints it, because scripts read it; lines of rxl's own begin with `rxl: `.
+//! Where all text goes that the program prints. What `xl` prints at the same points is printed as
+//! `xl` prints it ([`crate::words`]), because scripts read it; rxl's own lines begin with `rxl: `.
 //!
 //! Standard output belongs to `rxl help`, `man`, `completions` and to nothing else: for
-//! `migrate-receive` it is the channel to the sender.
+//! `migrate-receive` it is the channel to the sender, for `save` it may be the file.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -112,17 +112,18 @@ pub(crate) fn stderr_is_terminal() -> bool {
     io::stderr().is_terminal()
 }
 
+/// Whether standard input is a terminal.
+pub(crate) fn stdin_is_terminal() -> bool {
+    io::stdin().is_terminal()
+}
+
+/// Whether standard output is a terminal.
+pub(crate) fn stdout_is_terminal() -> bool {
+    io::stdout().is_terminal()
+}
+
 /// Whether a progress bar can be seen: standard error is a terminal that can redraw a line
 /// (`TERM` is set, and not to `dumb`). If not, xl's lines say how far a migration is.
 pub(crate) fn stderr_shows_bars() -> bool {
     !ProgressDrawTarget::stderr().is_hidden()
 }
-
-/// What `xl` prints when nobody can know whether the guest runs at the target.
-pub(crate) const UNDEFINED: &str = "\
-** Migration failed during final handshake **
-Domain state is now undefined !
-Please CHECK AT BOTH ENDS for running instances, before renaming and
- resuming at most one instance.  Two simultaneous instances of the domain
- would probably result in SEVERE DATA LOSS and it is now your
- responsibility to avoid that.  Sorry.";

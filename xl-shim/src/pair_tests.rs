@@ -19,7 +19,7 @@ use crate::channel::Channel;
 use crate::fake::{Condition, FakeHost, Request, STREAM};
 use crate::gate::Gate;
 use crate::guard::Guard;
-use crate::migrate::{Conclusion, Departure};
+use crate::migrate::{Conclusion, Departure, ToHost};
 use crate::output::Screen;
 use crate::receive::{Arrival, Helpers};
 use crate::timeline::Timeline;
@@ -82,7 +82,6 @@ impl Pair {
             host: &self.source,
             domid: self.domid,
             name: NAME,
-            target: "host2",
             header: &Header::new(&config).unwrap(),
             debug: false,
             channel: channel(wire, &self.source_gate),
@@ -93,6 +92,7 @@ impl Pair {
             events: None,
             save_error: None,
             details: Vec::new(),
+            way: ToHost { target: "host2" },
         };
         let end = departure.run().unwrap();
         let Departure { details, channel, .. } = departure;

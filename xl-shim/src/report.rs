@@ -1,12 +1,12 @@
-//! The report of one migration: made from what rxl and the save helper saw, written as JSON, and
-//! as one line for the user.
+//! The report of one migration or save: made from what rxl and the save helper saw, written as
+//! JSON, and as one line for the user.
 //!
 //! Times are milliseconds of the source host's monotonic clock. The *pause* is what the toolstack
 //! can see of the time in which the guest does not run: from the moment the guest is known to be
 //! suspended to the moment the target's report of success arrives, which is half a round trip
-//! after the guest runs again. The time the guest takes to follow the request to suspend is not
-//! pause, it runs meanwhile; it is `suspend_wait_ms`, so `pause_ms + suspend_wait_ms` is an upper
-//! bound.
+//! after the guest runs again. A save has a pause only if it lets the guest run on: until it is
+//! resumed. The time the guest takes to follow the request to suspend is not pause, it runs
+//! meanwhile; it is `suspend_wait_ms`, so `pause_ms + suspend_wait_ms` is an upper bound.
 //!
 //! The fields that need the save helper's events are absent where libxl ran another helper.
 
@@ -17,8 +17,11 @@ use anyhow::Context;
 use rxl_migrate::counters::Counters;
 use rxl_migrate::report::{Event, PassPages, Stamped};
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
+use rxl_migrate::xl::saving::{SaveCause, SaveEnd};
 use serde::{Deserialize, Serialize};
 
+use crate::Exit;
+use crate::output::Screen;
 use crate::timeline::{Mark, Timeline};
 
 /// How a migration ended, as in the report.
@@ -27,11 +30,14 @@ use crate::timeline::{Mark, Timeline};
 pub(crate) enum Outcome {
     /// The guest runs at the target.
     Moved,
+    /// The file is complete, and what was to become of the guest has become of it, or it is
+    /// suspended, to be destroyed.
+    Saved,
     /// The user or a signal ended it; the guest is where it was.
     Cancelled,
     /// The guest is where it was.
     Failed,
-    /// The guest is where it was, suspended: it could not be resumed.
+    /// The guest is here, suspended: it could not be resumed.
     NotResumed,
     /// The guest is suspended here and may run at the target.
     Uncertain,
@@ -47,6 +53,40 @@ impl From<SenderEnd> for Outcome {
             SenderEnd::Uncertain(_) => Outcome::Uncertain,
         }
     }
+}
+
+impl From<SaveEnd> for Outcome {
+    fn from(end: SaveEnd) -> Outcome {
+        match end {
+            SaveEnd::Saved | SaveEnd::SavedWithRemains => Outcome::Saved,
+            SaveEnd::Kept(SaveCause::Cancelled) => Outcome::Cancelled,
+            SaveEnd::Kept(_) => Outcome::Failed,
+            SaveEnd::SavedNotResumed | SaveEnd::NotResumed(_) => Outcome::NotResumed,
+        }
+    }
+}
+
+impl Outcome {
+    /// The exit code that says so.
+    pub(crate) fn exit(self) -> Exit {
+        match self {
+            Outcome::Moved | Outcome::Saved => Exit::Success,
+            Outcome::Cancelled => Exit::Cancelled,
+            Outcome::Failed | Outcome::NotResumed | Outcome::Uncertain => Exit::Failed,
+        }
+    }
+
+    fn is_success(self) -> bool {
+        self.exit() == Exit::Success
+    }
+}
+
+/// Where it went, as given.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Target {
+    Host(String),
+    File(String),
 }
 
 /// One pass over memory.
@@ -85,8 +125,9 @@ pub(crate) struct Report {
     pub(crate) version: u32,
     /// The domain's name.
     pub(crate) domain: String,
-    /// The target as given.
-    pub(crate) host: String,
+    /// The target: `host` or `file`.
+    #[serde(flatten)]
+    pub(crate) target: Target,
     /// How it ended.
     pub(crate) outcome: Outcome,
     /// Why, if not well: the outermost reason first.
@@ -142,8 +183,8 @@ pub(crate) struct Link {
 #[derive(Debug)]
 pub(crate) struct Facts<'a> {
     pub(crate) domain: &'a str,
-    pub(crate) host: &'a str,
-    pub(crate) end: SenderEnd,
+    pub(crate) target: Target,
+    pub(crate) outcome: Outcome,
     pub(crate) cause: &'a [String],
     pub(crate) timeline: &'a Timeline,
     pub(crate) events: &'a [Stamped],
@@ -154,14 +195,15 @@ const MIB: f64 = 1_048_576.0;
 impl Report {
     pub(crate) fn new(facts: &Facts<'_>) -> Report {
         let at = |mark| facts.timeline.at(mark);
-        let outcome = Outcome::from(facts.end);
-        let ended = at(Mark::Reported).filter(|_| outcome == Outcome::Moved).or(at(Mark::Ended));
+        let outcome = facts.outcome;
+        let runs_again = at(Mark::Reported).or(at(Mark::Resumed)).filter(|_| outcome.is_success());
+        let reported = at(Mark::Reported).filter(|_| outcome.is_success());
+        let ended = reported.or(at(Mark::Ended));
         let first = |wanted: fn(&Event) -> bool| {
             facts.events.iter().find(|s| wanted(&s.event)).map(|s| s.t_ns)
         };
         let asked = first(|e| matches!(e, Event::SuspendAsked));
         let suspended = first(|e| matches!(e, Event::Suspended));
-        let reported = at(Mark::Reported).filter(|_| outcome == Outcome::Moved);
         let began = first(|e| matches!(e, Event::Started { .. }));
         let last_event = facts.events.last().map(|s| s.t_ns);
         let bytes = facts.events.iter().rev().find_map(|s| bytes_so_far(&s.event));
@@ -169,11 +211,11 @@ impl Report {
         Report {
             version: 1,
             domain: facts.domain.to_owned(),
-            host: facts.host.to_owned(),
+            target: facts.target.clone(),
             outcome,
             cause: facts.cause.to_vec(),
             total_ms: span(at(Mark::Started), ended).unwrap_or(0.0),
-            pause_ms: span(suspended, reported),
+            pause_ms: span(suspended, runs_again),
             suspend_wait_ms: span(asked, suspended),
             pause_expected_ms: facts.events.iter().rev().find_map(|s| match s.event {
                 Event::PauseExpected { ms } => Some(ms),
@@ -188,14 +230,28 @@ impl Report {
         }
     }
 
-    /// The one line at the end of a migration that succeeded.
-    pub(crate) fn summary(&self) -> String {
-        let mut line = format!(
-            "rxl: {} moved to {} in {:.1} s",
-            self.domain,
-            self.host,
-            self.total_ms / 1000.0
-        );
+    /// Tells it the user: one line of what succeeded, with `verbose` more; and writes it to `path`.
+    pub(crate) fn publish(
+        &self,
+        screen: &Screen,
+        verbose: u8,
+        path: Option<&Path>,
+    ) -> anyhow::Result<()> {
+        if self.outcome.is_success() {
+            screen.line(&self.summary());
+        }
+        if verbose > 0 {
+            self.details().iter().for_each(|line| screen.line(line));
+        }
+        path.map_or(Ok(()), |path| self.write(path))
+    }
+
+    fn summary(&self) -> String {
+        let (domain, seconds) = (&self.domain, self.total_ms / 1000.0);
+        let mut line = match &self.target {
+            Target::Host(host) => format!("rxl: {domain} moved to {host} in {seconds:.1} s"),
+            Target::File(file) => format!("rxl: {domain} saved to {file} in {seconds:.1} s"),
+        };
         if let Some(pause) = self.pause_ms {
             line += &format!(": pause {pause:.0} ms");
             if let Some(expected) = self.pause_expected_ms {
@@ -217,7 +273,7 @@ impl Report {
     }
 
     /// What `-v` tells beside: connections and counters.
-    pub(crate) fn details(&self) -> Vec<String> {
+    fn details(&self) -> Vec<String> {
         let link = |link: &Link| {
             let Link { link: number, bytes, batches, stalled_ms, lost } = link;
             let lost = lost.as_ref().map_or(String::new(), |why| format!("; lost: {why}"));
@@ -239,7 +295,7 @@ impl Report {
     }
 
     /// Writes the JSON to `path`.
-    pub(crate) fn write(&self, path: &Path) -> anyhow::Result<()> {
+    fn write(&self, path: &Path) -> anyhow::Result<()> {
         let mut json = serde_json::to_string_pretty(self)?;
         json.push('\n');
         std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))
@@ -371,8 +427,8 @@ mod tests {
     fn report(end: SenderEnd, cause: &[String]) -> Report {
         Report::new(&Facts {
             domain: "web",
-            host: "host2",
-            end,
+            target: Target::Host("host2".to_owned()),
+            outcome: end.into(),
             cause,
             timeline: &timeline(),
             events: &events(),
@@ -418,8 +474,8 @@ mod tests {
         let more = more.map(|event| Stamped { t_ns: 1600 * MS, event });
         let report = Report::new(&Facts {
             domain: "web",
-            host: "host2",
-            end: SenderEnd::Moved,
+            target: Target::Host("host2".to_owned()),
+            outcome: Outcome::Moved,
             cause: &[],
             timeline: &timeline(),
             events: &[events(), more.to_vec()].concat(),
@@ -449,11 +505,33 @@ mod tests {
     }
 
     #[test]
+    fn a_save_has_a_pause_if_the_guest_runs_on_and_none_if_it_ends() {
+        let saved = |marks: &[(Mark, u64)]| {
+            let timeline: Vec<_> = marks.iter().map(|(mark, ms)| (*mark, ms * MS)).collect();
+            Report::new(&Facts {
+                domain: "web",
+                target: Target::File("web.save".to_owned()),
+                outcome: SaveEnd::Saved.into(),
+                cause: &[],
+                timeline: &Timeline::from_marks(&timeline),
+                events: &events(),
+            })
+        };
+        let ended = saved(&[(Mark::Started, 0), (Mark::Sent, 1610), (Mark::Ended, 2100)]);
+        let line = "rxl: web saved to web.save in 2.1 s, 3 MiB in 2 passes, 2 MiB/s";
+        assert_eq!((ended.pause_ms, ended.summary().as_str()), (None, line));
+        let json = serde_json::to_value(&ended).unwrap();
+        assert_eq!((&json["file"], json.get("host")), (&"web.save".into(), None));
+        let runs = saved(&[(Mark::Started, 0), (Mark::Resumed, 1850), (Mark::Ended, 2100)]);
+        assert_eq!(runs.pause_ms, Some(700.0));
+    }
+
+    #[test]
     fn without_the_helpers_events_there_are_times_of_rxl_only() {
         let report = Report::new(&Facts {
             domain: "web",
-            host: "host2",
-            end: SenderEnd::Moved,
+            target: Target::Host("host2".to_owned()),
+            outcome: Outcome::Moved,
             cause: &[],
             timeline: &timeline(),
             events: &[],

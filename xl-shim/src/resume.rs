@@ -8,6 +8,7 @@ use crate::Exit;
 use crate::cli::Globals;
 use crate::host::{self, Progress};
 use crate::lock::Lock;
+use crate::outgoing;
 use crate::output::Screen;
 
 pub(crate) fn run(globals: &Globals, domain: &str) -> anyhow::Result<Exit> {
@@ -22,9 +23,7 @@ pub(crate) fn run(globals: &Globals, domain: &str) -> anyhow::Result<Exit> {
 
 /// Lets a suspended domain run on, under the name that it had before the migration.
 pub(crate) fn resume(host: &dyn Lifecycle, domain: &str, screen: &Screen) -> anyhow::Result<()> {
-    let domid = host.resolve(domain).map_err(|error| {
-        anyhow::anyhow!("{domain} is an invalid domain identifier (rc={})", error.rc)
-    })?;
+    let domid = outgoing::resolve(host, domain)?;
     let name = host.name(domid)?;
     if host.state(domid)? != DomainState::Suspended {
         bail!("{name} is not suspended");

@@ -1,10 +1,11 @@
-//! When things happened at the sender, on the clock that the save helper stamps its events with.
+//! When things happened to a domain that is sent or saved, on the clock that the save helper stamps
+//! its events with.
 
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Steps of a migration that rxl sees itself.
+/// Steps that rxl sees itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mark {
     /// rxl began.
@@ -17,6 +18,8 @@ pub(crate) enum Mark {
     Ready,
     /// The receiver has reported.
     Reported,
+    /// The domain runs on here.
+    Resumed,
     /// rxl ended.
     Ended,
 }

@@ -31,7 +31,7 @@ fn every_other_verb_is_the_real_xls_with_all_its_arguments() {
     let (_dir, xl) = fake_xl();
     for args in [
         &["-vv", "list", "-l", "a b"] as &[&str],
-        &["save", "-c", "dom", "file"],
+        &["dump-core", "-c", "dom", "file"],
         &["vcpu-list", "--help"],
         &["help", "list"],
         &["migrate-receive", "-r", "-e"],
@@ -69,6 +69,9 @@ fn usage_errors_are_xls_words_and_exit_code_2() {
         (&["migrate", "dom", "host", "--frobnicate"], "option `--frobnicate' not supported."),
         (&["migrate-receive", "-x"], "option `x' not supported."),
         (&["resume"], "'xl resume' requires at least 1 argument."),
+        (&["save", "dom"], "'xl save' requires at least 2 arguments."),
+        (&["save", "-x", "dom", "file"], "option `x' not supported."),
+        (&["restore", "-p"], "'xl restore' requires at least 1 argument."),
     ] {
         let out = rxl(args);
         assert_eq!(out.status.code(), Some(2), "{args:?}");
@@ -105,13 +108,20 @@ fn completions_and_manual_name_the_verbs_and_options() {
     }
     let man = text(&rxl(&["man"]).stdout);
     assert!(man.contains(".SH \"RXL MIGRATE\"") && man.contains("\\-\\-receiver"), "{man}");
+    assert!(man.contains(".SH \"RXL SAVE\"") && man.contains("\\&'xl {}' requires"), "{man}");
 }
 
 #[test]
 fn a_dry_run_is_refused_as_xl_refuses_it() {
-    let out = rxl(&["-N", "migrate", "dom", "host"]);
-    assert_eq!(out.status.code(), Some(1));
-    assert!(text(&out.stderr).contains("command does not implement -N (dryrun) option"));
+    for args in [
+        &["-N", "migrate", "dom", "host"] as &[&str],
+        &["-N", "save", "dom", "file"],
+        &["-N", "restore", "file"],
+    ] {
+        let out = rxl(args);
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out.stderr).contains("command does not implement -N (dryrun) option"));
+    }
 }
 
 #[test]
@@ -132,10 +142,40 @@ fn without_xen_a_migration_fails_before_anything_is_started() {
 }
 
 #[test]
+fn a_save_and_a_restore_that_cannot_begin_leave_the_files_alone() {
+    if std::path::Path::new("/proc/xen/capabilities").exists() {
+        eprintln!("not tested: this host runs Xen");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("web.save").display().to_string();
+    let out = rxl(&["save", "dom", &file]);
+    assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(1), ""));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let out = rxl(&["restore", &file]);
+    assert_eq!(out.status.code(), Some(1));
+    let words = "rxl: Can't open restore file: No such file or directory";
+    assert!(text(&out.stderr).starts_with(words), "{out:?}");
+}
+
+#[test]
 fn the_save_helper_refuses_arguments_that_libxl_does_not_pass() {
     let out = rxl(&["--save-domain", "1"]);
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("--save-domain takes 6 numbers, not 1"), "{out:?}");
+}
+
+#[test]
+fn a_guard_whose_owner_is_gone_removes_the_unfinished_file_first_of_all() {
+    if std::path::Path::new("/proc/xen/capabilities").exists() {
+        eprintln!("not tested: this host runs Xen");
+        return;
+    }
+    let draft = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
+    command.args(["domain-guard", "--draft"]).arg(&draft).args(["source", "--", "web", "5"]);
+    let out = command.write_stdin("").output().unwrap();
+    assert!(!draft.exists() && !out.status.success(), "{out:?}");
 }
 
 #[test]

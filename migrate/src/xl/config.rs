@@ -48,6 +48,19 @@ impl DomainConfig {
         self.0.get("c_info")?.get("name")?.as_str()
     }
 
+    /// Whether both are of one guest: the same UUID, or the same name where one has no UUID.
+    #[must_use]
+    pub fn is_of_same_guest(&self, other: &DomainConfig) -> bool {
+        match (self.uuid(), other.uuid()) {
+            (Some(own), Some(others)) => own.eq_ignore_ascii_case(others),
+            _ => self.name() == other.name(),
+        }
+    }
+
+    fn uuid(&self) -> Option<&str> {
+        self.0.get("c_info")?.get("uuid")?.as_str()
+    }
+
     /// Gives it another name.
     pub fn set_name(&mut self, name: &str) {
         self.set_create_info("name", Value::from(name));
@@ -108,6 +121,19 @@ mod tests {
         let mut expected = value(CONFIG);
         expected["c_info"]["name"] = "web--\"incoming\"".into();
         assert_eq!(value(&config.to_json()), expected);
+    }
+
+    #[test]
+    fn a_guest_is_known_by_its_uuid_and_without_one_by_its_name() {
+        let config = |name: &str, uuid: &str| {
+            let uuid = if uuid.is_empty() { String::new() } else { format!(r#","uuid":"{uuid}""#) };
+            DomainConfig::parse(&format!(r#"{{"c_info":{{"name":"{name}"{uuid}}}}}"#)).unwrap()
+        };
+        let web = config("web", "8b1f-A");
+        assert!(web.is_of_same_guest(&config("renamed", "8b1f-a")));
+        assert!(!web.is_of_same_guest(&config("web", "77")));
+        assert!(web.is_of_same_guest(&config("web", "")));
+        assert!(!config("web", "").is_of_same_guest(&config("db", "")));
     }
 
     #[test]

@@ -4,16 +4,17 @@
 //! built there. Should that process die without a word (SIGKILL, out of memory), its guard sees
 //! the end of the pipe between them:
 //!
-//! - at the source it waits until the guest has suspended, if it was asked to, and resumes it
-//!   under its own name and without log-dirty ([`keep`]);
+//! - at the source, or where the guest is saved, it waits until the guest has suspended, if it was
+//!   asked to, and resumes it under its own name and without log-dirty ([`keep`]);
 //! - at the target it destroys the copy that has the name of [`super::incoming_name`] ([`clear`]).
 //!
 //! The first it also does for an owner that has ended and left the guest running, where the guest
 //! may still follow a request to suspend
-//! ([`may_suspend_yet`](super::departure::may_suspend_yet)).
+//! ([`may_suspend_yet`](super::leaving::may_suspend_yet)).
 //!
 //! It does neither once it has been told to stand down, which its owner does *before* it tries to
-//! write Go, and when it has received Go: from then on the other copy may run.
+//! write Go or to give a file its name, and when it has received Go: from then on the other copy
+//! may run.
 //!
 //! A guard that acts must not meet another migration of the same domain: it would let a guest run
 //! on that the other has suspended, or destroy the other's copy. So a guard holds what its owner

@@ -49,8 +49,8 @@ pub enum HeaderError {
     /// The stream ended or broke.
     #[error("reading the header of the saved domain failed")]
     Read(#[source] io::Error),
-    /// The first bytes are something else.
-    #[error("this is not a domain saved by xl")]
+    /// The first bytes are something else. The words are xl's.
+    #[error("File has wrong magic number - corrupt or for a different tool?")]
     Magic,
     /// A writer of the other byte order.
     #[error("saved on a machine of another byte order ({0:#010x})")]

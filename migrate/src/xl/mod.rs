@@ -2,10 +2,12 @@
 //! ([`config`]) and, for a migration, a conversation between the two ends.
 //!
 //! [`handshake`] says in what order things happen and does nothing itself. [`departure`] and
-//! [`arrival`] do what it says, against a trait each: up to when a step may be cancelled
-//! ([`gate`]), when the guards stand down, what comes before what. [`guard`] is what a guard does
-//! for an owner that was killed, [`channel`] how messages are heard and said. `rxl` implements the
-//! traits with libxl, pipes and processes, the simulator with models of them.
+//! [`arrival`] do what it says, against traits: up to when a step may be cancelled ([`gate`]), when
+//! the guards stand down, what comes before what. [`saving`] and [`restoring`] are the same for a
+//! file, which nobody talks to; [`leaving`] and [`making`] are what a file and a migration have in
+//! common. [`guard`] is what a guard does for an owner that was killed, [`channel`] how messages
+//! are heard and said. `rxl` implements the traits with libxl, pipes and processes, the simulator
+//! those of a migration with models of them.
 //!
 //! What it is not: it spawns no transport, reads no configuration file and calls no libxl. The
 //! formats have no specification of their own: they are what `xl` of Xen 4.5 and later writes and
@@ -19,6 +21,10 @@ pub mod gate;
 pub mod guard;
 pub mod handshake;
 pub mod header;
+pub mod leaving;
+pub mod making;
+pub mod restoring;
+pub mod saving;
 
 pub use gate::Gate;
 

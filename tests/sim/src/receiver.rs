@@ -4,10 +4,11 @@
 use std::rc::Rc;
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::xl::arrival::{self, Arriving, Done, FAILED};
+use rxl_migrate::xl::arrival::{self, Arriving};
 use rxl_migrate::xl::channel::{self, Cancellable, Heard, Said, Until};
 use rxl_migrate::xl::handshake::Message;
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::making::{Done, FAILED, Making};
 use rxl_migrate::xl::{Gate, guard, incoming_name};
 use serde_json::Value;
 
@@ -102,7 +103,7 @@ fn shape(config: &str) -> Option<(String, Shape)> {
     Some((name.to_owned(), shape))
 }
 
-impl Arriving for Arrival<'_, '_> {
+impl Making for Arrival<'_, '_> {
     type Error = u8;
 
     fn gate(&self) -> &Gate {
@@ -111,30 +112,6 @@ impl Arriving for Arrival<'_, '_> {
 
     fn stays_paused(&self) -> bool {
         self.process.world().plan.stays_paused
-    }
-
-    fn hear(&mut self, message: Message) -> Heard {
-        let heard = channel::hear(&self.channel, message, Until::Cancelled, || {});
-        if let Heard::Bytes(bytes) = &heard {
-            let go = bytes == Message::Go.text();
-            let mut world = self.process.world();
-            world.landmark(Landmark::GoHeard);
-            world.facts.go_heard |= go;
-        }
-        heard
-    }
-
-    fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
-        let bytes = [message.text(), status.as_slice()].concat();
-        let landmark = match message {
-            Message::Ready => Some(Landmark::ReadySaid),
-            Message::Report => Some(Landmark::ReportSaid),
-            _ => None,
-        };
-        if let Some(landmark) = landmark {
-            self.process.world().landmark(landmark);
-        }
-        channel::say(&self.channel, &bytes, until)
     }
 
     fn read_header(&mut self) -> Result<(), u8> {
@@ -181,19 +158,9 @@ impl Arriving for Arrival<'_, '_> {
 
     fn start_monitor(&mut self) {}
 
-    fn not_created(&mut self, error: u8) -> u8 {
-        error
-    }
-
     fn stand_down(&mut self) {
         if let Some(guard) = &self.guard {
             guard.stand_down(self.process);
-        }
-    }
-
-    fn abandon(&mut self) {
-        if let Some(guard) = self.guard.take() {
-            guard.abandon(self.process);
         }
     }
 
@@ -211,5 +178,41 @@ impl Arriving for Arrival<'_, '_> {
             return Ok(());
         }
         self.request(|world, copy| world.destroy(Side::Target, copy))
+    }
+}
+
+impl Arriving for Arrival<'_, '_> {
+    fn hear(&mut self, message: Message) -> Heard {
+        let heard = channel::hear(&self.channel, message, Until::Cancelled, || {});
+        if let Heard::Bytes(bytes) = &heard {
+            let go = bytes == Message::Go.text();
+            let mut world = self.process.world();
+            world.landmark(Landmark::GoHeard);
+            world.facts.go_heard |= go;
+        }
+        heard
+    }
+
+    fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
+        let bytes = [message.text(), status.as_slice()].concat();
+        let landmark = match message {
+            Message::Ready => Some(Landmark::ReadySaid),
+            Message::Report => Some(Landmark::ReportSaid),
+            _ => None,
+        };
+        if let Some(landmark) = landmark {
+            self.process.world().landmark(landmark);
+        }
+        channel::say(&self.channel, &bytes, until)
+    }
+
+    fn not_created(&mut self, error: u8) -> u8 {
+        error
+    }
+
+    fn abandon(&mut self) {
+        if let Some(guard) = self.guard.take() {
+            guard.abandon(self.process);
+        }
     }
 }

@@ -10,6 +10,7 @@ use rxl_migrate::xl::channel::{self, Direction, Ends, Heard, Ready, Said, Until}
 use rxl_migrate::xl::departure::{self, Departing};
 use rxl_migrate::xl::handshake::{Message, SenderEnd};
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::leaving::Leaving;
 use rxl_migrate::xl::{Gate, away_name, guard};
 
 use crate::libxl;
@@ -309,28 +310,9 @@ impl Departure<'_, '_> {
     }
 }
 
-impl Departing for Departure<'_, '_> {
+impl Leaving for Departure<'_, '_> {
     fn gate(&self) -> &Gate {
         &self.gate
-    }
-
-    fn hear(&mut self, message: Message, until: Until) -> Heard {
-        let mut heard = channel::hear(&self.channel, message, until, || {});
-        if let Heard::Bytes(bytes) = &mut heard {
-            if message == Message::Report {
-                self.process.world().landmark(Landmark::ReportHeard);
-            }
-            if message == Message::Report
-                && self.plant == Some(Plant::ReportIgnored)
-                && let Some(status) = bytes.last_mut()
-            {
-                *status = 0;
-            }
-            if message == Message::Destroyed && bytes == message.text() {
-                self.process.world().facts.given_back = true;
-            }
-        }
-        heard
     }
 
     fn write_header(&mut self) -> Said {
@@ -352,11 +334,6 @@ impl Departing for Departure<'_, '_> {
         is_suspended(self.process, self.id).ok()
     }
 
-    fn rename_away(&mut self) -> bool {
-        let id = self.id;
-        self.request(|world| world.rename(Side::Source, id, NAME, &away_name(NAME)))
-    }
-
     fn stand_down(&mut self) {
         if self.plant == Some(Plant::GuardStandsDownLate) {
             return;
@@ -364,6 +341,42 @@ impl Departing for Departure<'_, '_> {
         if let Some(guard) = &self.guard {
             guard.stand_down(self.process);
         }
+    }
+
+    fn destroy(&mut self) -> bool {
+        let id = self.id;
+        self.request(|world| world.destroy(Side::Source, id))
+    }
+
+    fn resume(&mut self) -> bool {
+        let id = self.id;
+        self.request(|world| world.resume(Side::Source, id))
+    }
+}
+
+impl Departing for Departure<'_, '_> {
+    fn hear(&mut self, message: Message, until: Until) -> Heard {
+        let mut heard = channel::hear(&self.channel, message, until, || {});
+        if let Heard::Bytes(bytes) = &mut heard {
+            if message == Message::Report {
+                self.process.world().landmark(Landmark::ReportHeard);
+            }
+            if message == Message::Report
+                && self.plant == Some(Plant::ReportIgnored)
+                && let Some(status) = bytes.last_mut()
+            {
+                *status = 0;
+            }
+            if message == Message::Destroyed && bytes == message.text() {
+                self.process.world().facts.given_back = true;
+            }
+        }
+        heard
+    }
+
+    fn rename_away(&mut self) -> bool {
+        let id = self.id;
+        self.request(|world| world.rename(Side::Source, id, NAME, &away_name(NAME)))
     }
 
     fn abandon(&mut self) {
@@ -385,18 +398,8 @@ impl Departing for Departure<'_, '_> {
         matches!(said, Said::Done)
     }
 
-    fn destroy(&mut self) -> bool {
-        let id = self.id;
-        self.request(|world| world.destroy(Side::Source, id))
-    }
-
     fn rename_back(&mut self) -> bool {
         let id = self.id;
         self.request(|world| world.rename(Side::Source, id, &away_name(NAME), NAME))
-    }
-
-    fn resume(&mut self) -> bool {
-        let id = self.id;
-        self.request(|world| world.resume(Side::Source, id))
     }
 }

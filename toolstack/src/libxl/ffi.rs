@@ -226,6 +226,8 @@ impl Context {
     on_domain! {
         /// Ends it.
         destroy = libxl_domain_destroy;
+        /// Stops it where it is.
+        pause = libxl_domain_pause;
         /// Lets it run.
         unpause = libxl_domain_unpause;
         /// Lets it return from its suspend call, with "cancelled".

@@ -243,6 +243,11 @@ impl Lifecycle for Libxl {
         done.map_err(|rc| failed(rc, || format!("renaming domain {domain} from {from} to {to}")))
     }
 
+    fn pause(&self, domain: DomId) -> Result<()> {
+        let done = self.context.pause(domain);
+        done.map_err(|rc| failed(rc, || format!("pausing domain {domain}")))
+    }
+
     fn unpause(&self, domain: DomId) -> Result<()> {
         let done = self.context.unpause(domain);
         done.map_err(|rc| failed(rc, || format!("unpausing domain {domain}")))

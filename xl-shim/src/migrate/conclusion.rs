@@ -4,7 +4,9 @@ use rxl_migrate::xl::away_name;
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
 use rxl_toolstack::lifecycle::DomainState;
 
-use crate::output::{self, Screen};
+use crate::outgoing::kept;
+use crate::output::Screen;
+use crate::words;
 
 /// How a migration ended.
 pub(crate) struct Conclusion<'a> {
@@ -35,9 +37,9 @@ impl Conclusion<'_> {
         let (guest, target, away) = (self.guest, self.target, away_name(self.guest));
         let why = self.causes().join("; ");
         match self.end {
-            SenderEnd::Moved => screen.line("Migration successful."),
+            SenderEnd::Moved => screen.line(words::SUCCESSFUL),
             SenderEnd::MovedWithRemains => {
-                screen.line("Migration successful.");
+                screen.line(words::SUCCESSFUL);
                 screen.line(&format!(
                     "rxl: {guest} runs on {target}, but its suspended copy here is still there \
                      ({why}).\nrxl: It must never be resumed: xl destroy {away}"
@@ -45,8 +47,8 @@ impl Conclusion<'_> {
             }
             SenderEnd::Kept(cause) => {
                 if let SenderCause::TargetFailed(_) = cause {
-                    screen.line("migration sender: Resumed OK.");
-                    screen.line("Migration failed due to problems at target.");
+                    screen.line(words::RESUMED);
+                    screen.line(words::TARGET_FAILED);
                 }
                 screen.line(&format!("rxl: {guest} was not moved: {why}"));
                 screen.line(&kept(guest, state()));
@@ -57,7 +59,7 @@ impl Conclusion<'_> {
                  {target} either.\nrxl: Try again: rxl resume {guest}"
             )),
             SenderEnd::Uncertain(_) => {
-                screen.line(output::UNDEFINED);
+                screen.line(words::UNDEFINED);
                 screen.line(&format!(
                     "rxl: {why}\n\
                      rxl: {guest} stays suspended here as {away}, because it may run on {target}.\n\
@@ -68,18 +70,5 @@ impl Conclusion<'_> {
                 ));
             }
         }
-    }
-}
-
-/// Where a domain is that was not moved; asked of the host, not guessed.
-fn kept(guest: &str, state: Option<DomainState>) -> String {
-    match state {
-        Some(DomainState::Alive) => format!("rxl: {guest} keeps running here."),
-        Some(DomainState::Suspended) => {
-            format!("rxl: {guest} is suspended here, because of itself or of someone else.")
-        }
-        Some(DomainState::Dead) => format!("rxl: {guest} has shut down meanwhile."),
-        Some(DomainState::Gone) => format!("rxl: {guest} has gone meanwhile."),
-        None => format!("rxl: How {guest} is here could not be asked."),
     }
 }

@@ -1,47 +1,33 @@
 //! `rxl migrate`: moves a running domain to another host.
 
 mod conclusion;
-mod config;
 mod driver;
 
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
-use rxl_migrate::frame::DomId;
-use rxl_migrate::report::{Event, Stamped};
-use rxl_migrate::xl::config::DomainConfig;
+use anyhow::Context;
+use rxl_migrate::report::Stamped;
 use rxl_migrate::xl::departure;
 use rxl_migrate::xl::handshake::SenderEnd;
-use rxl_migrate::xl::header::Header;
 use rxl_toolstack::libxl::Libxl;
-use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
+use rxl_toolstack::lifecycle::Lifecycle;
 
 use crate::Exit;
 use crate::channel::Channel;
 use crate::cli::{Globals, MigrateArgs};
 use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
-use crate::guard::{Guard, Side};
+use crate::guard::{Guard, Ward};
 use crate::history::History;
 use crate::host::{self, Progress};
-use crate::lock::Lock;
+use crate::outgoing::{self, Guest};
 use crate::output::{self, Screen};
-use crate::passthrough;
-use crate::report::{Facts, Outcome, Report};
+use crate::report::{Facts, Outcome, Report, Target};
 use crate::timeline::{Mark, Timeline};
 use crate::transport::{self, Rune, Transport};
 
 pub(crate) use conclusion::Conclusion;
-pub(crate) use driver::Departure;
-
-/// The domain to move.
-struct Guest {
-    domid: DomId,
-    name: String,
-    header: Header,
-    /// Nobody else does anything to it meanwhile.
-    lock: Lock,
-}
+pub(crate) use driver::{Departure, ToHost};
 
 /// How a migration ended, and what is known of it.
 struct Departed {
@@ -62,7 +48,8 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let history = History::of_this_host();
     args.ways(history.fixed_part(&args.domain, &args.host))?.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
-    let guest = find_guest(&host, args)?;
+    let config = args.config.as_deref();
+    let guest = Guest::find(&host, &args.domain, config, args.preserve_domid)?;
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
     let Departed { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());
@@ -70,25 +57,17 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     conclusion.tell(&screen, || host.state(guest.domid).ok());
     let report = Report::new(&Facts {
         domain,
-        host: target,
-        end,
+        target: Target::Host(target.to_owned()),
+        outcome: end.into(),
         cause: &conclusion.causes(),
         timeline: &timeline,
         events: &events,
     });
-    if report.outcome == Outcome::Moved {
-        screen.line(&report.summary());
-    }
-    if globals.verbose > 0 {
-        report.details().iter().for_each(|line| screen.line(line));
-    }
     if let Err(error) = history.keep(&report) {
         tracing::warn!("the report is not kept: {error:#}");
     }
-    if let Some(path) = &args.report {
-        report.write(path)?;
-    }
-    Ok(exit_of(report.outcome))
+    report.publish(&screen, globals.verbose, args.report.as_deref())?;
+    Ok(report.outcome.exit())
 }
 
 /// Starts what the migration takes, and runs it.
@@ -104,8 +83,9 @@ fn depart(
     let gate = Arc::new(Gate::new()?);
     let too_late = too_late(&guest.name, &args.host);
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
-    let (name, domid) = (&guest.name, Some(guest.domid));
-    let guard = Guard::start(Side::Source, name, domid, &guest.lock, screen);
+    let Guest { name, domid, .. } = guest;
+    let ward = Ward::Leaving { domid: *domid, name, draft: None };
+    let guard = Guard::start(ward, &guest.lock, screen);
     let (transport, input, output) = Transport::start(&rune.command())?;
     // To the save helper, not to the transport, which may stay.
     guest.lock.pass_on().context("passing on the domain's lock")?;
@@ -116,7 +96,6 @@ fn depart(
         host,
         domid: guest.domid,
         name: &guest.name,
-        target: &args.host,
         header: &guest.header,
         debug: args.debug,
         channel: Channel::new(input, output, gate.clone()),
@@ -127,6 +106,7 @@ fn depart(
         events: Some(writer),
         save_error: None,
         details: Vec::new(),
+        way: ToHost { target: &args.host },
     };
     let end = departure.run();
     let Departure { save_error, details, channel, events: writer, mut guard, .. } = departure;
@@ -135,13 +115,9 @@ fn depart(
     let events = events.finish();
     let end = end?;
     if departure::may_suspend_yet(end, events.iter().map(|stamped| &stamped.event)) {
-        screen.line(&format!(
-            "rxl: {name} was asked to suspend and may follow yet; for a minute a guard watches, \
-             and lets it run on"
-        ));
-        guard.abandon();
+        outgoing::leave_to(&mut guard, name, screen);
     }
-    let mut all: Vec<String> = why_not_saved(&events, save_error).into_iter().collect();
+    let mut all: Vec<String> = outgoing::why_not_saved(&events, save_error).into_iter().collect();
     all.extend(details);
     if Outcome::from(end) != Outcome::Moved {
         all.extend(status.and_then(|s| transport::explain(s, rune)));
@@ -149,53 +125,8 @@ fn depart(
     Ok(Departed { end, details: all, events })
 }
 
-/// What the save helper says of its failure, or else libxl, which takes every failure before the
-/// guest has suspended for a guest that does not respond.
-fn why_not_saved(events: &[Stamped], libxl: Option<LifecycleError>) -> Option<String> {
-    let helper = events.iter().rev().find_map(|stamped| match &stamped.event {
-        Event::Failed { why } => Some(why.clone()),
-        _ => None,
-    });
-    libxl.map(|error| helper.unwrap_or_else(|| error.to_string()))
-}
-
-fn exit_of(outcome: Outcome) -> Exit {
-    match outcome {
-        Outcome::Moved => Exit::Success,
-        Outcome::Cancelled => Exit::Cancelled,
-        Outcome::Failed | Outcome::NotResumed | Outcome::Uncertain => Exit::Failed,
-    }
-}
-
 fn too_late(guest: &str, target: &str) -> String {
     format!("rxl: too late to cancel: {target} may have been permitted to start {guest} already")
-}
-
-/// The domain that the user means, and what goes to the target before its stream.
-fn find_guest(host: &dyn Lifecycle, args: &MigrateArgs) -> anyhow::Result<Guest> {
-    let domid = host.resolve(&args.domain).map_err(|error| {
-        anyhow::anyhow!("{} is an invalid domain identifier (rc={})", args.domain, error.rc)
-    })?;
-    let name = host.name(domid)?;
-    // Before looking how it is: a guard may be about to change that.
-    let lock = Lock::of_domain(domid, &name)?;
-    let name = host.name(domid)?;
-    match host.state(domid)? {
-        DomainState::Alive => {}
-        DomainState::Suspended => bail!(
-            "{name} is suspended; if that is left from an earlier migration, and it does not run \
-             at the target, let it run here first: rxl resume {name}"
-        ),
-        DomainState::Dead | DomainState::Gone => bail!("{name} is shutting down"),
-    }
-    let running = host.config(domid)?;
-    let mut config = match &args.config {
-        Some(file) => config::from_file(&passthrough::find_xl()?, file, &running)?,
-        None => DomainConfig::parse(&running)?,
-    };
-    config.set_domid(args.preserve_domid.then_some(domid));
-    let header = Header::new(&config.to_json())?;
-    Ok(Guest { domid, name, header, lock })
 }
 
 /// How the receiver is reached, with the options that `xl` passes on.

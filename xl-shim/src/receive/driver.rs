@@ -1,22 +1,28 @@
-//! What the receiver does to this host, the channel and the screen.
+//! What the receiver, or who restores from a file, does to this host, the channel and the screen.
 //!
-//! What it is not: it decides nothing; see [`rxl_migrate::xl::arrival`].
+//! What it is not: it decides nothing; see [`rxl_migrate::xl::arrival`] and
+//! [`rxl_migrate::xl::restoring`].
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::xl::arrival::{self, Arriving, Done, FAILED};
+use rxl_migrate::xl::arrival::{self, Arriving};
 use rxl_migrate::xl::channel::{Cancellable, Heard, Said, Until};
 use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::handshake::{Message, ReceiverEnd};
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::making::{Done, FAILED, Making};
+use rxl_migrate::xl::restoring::{self, RestoreEnd};
 use rxl_migrate::xl::{self, incoming_name};
 use rxl_toolstack::lifecycle::{Lifecycle, LifecycleError};
 
 use crate::channel::Channel;
+use crate::config;
 use crate::gate::Gate;
-use crate::guard::{Guard, Side};
+use crate::guard::{Guard, Ward};
 use crate::lock::Lock;
 use crate::monitor;
 use crate::output::Screen;
+use crate::passthrough;
+use crate::words;
 
 /// A domain that arrives, and all that it takes.
 pub(crate) struct Arrival<'a> {
@@ -28,12 +34,23 @@ pub(crate) struct Arrival<'a> {
     pub(crate) paused: bool,
     /// Print its configuration.
     pub(crate) print_config: bool,
+    /// The file that it comes from; `None`: another host.
+    pub(crate) saved: Option<Saved<'a>>,
     /// How to make what must outlive this process, or stand in for it.
     pub(crate) helpers: Helpers,
     guard: Guard,
     lock: Option<Lock>,
     expected: Expected,
     copy: Option<DomId>,
+}
+
+/// A file with a domain in it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Saved<'a> {
+    /// Its name, for messages.
+    pub(crate) name: &'a str,
+    /// A file (xl.cfg) whose configuration takes the place of the saved one.
+    pub(crate) config: Option<&'a str>,
 }
 
 /// Processes that accompany a domain; tests do without.
@@ -70,6 +87,7 @@ impl<'a> Arrival<'a> {
             screen,
             paused: false,
             print_config: false,
+            saved: None,
             helpers,
             guard: Guard::none(),
             lock: None,
@@ -86,8 +104,31 @@ impl<'a> Arrival<'a> {
         arrival::run(self)
     }
 
+    /// Makes the domain from the file that [`Arrival::saved`] says.
+    pub(crate) fn restore_from_file(&mut self) -> RestoreEnd<anyhow::Error> {
+        restoring::run(self)
+    }
+
+    /// The domain that was made, and its configuration for who watches it.
+    pub(crate) fn made(&self) -> Option<(DomId, &str)> {
+        Some((self.copy?, &self.expected.own))
+    }
+
+    /// What xl says of a migration; of a restore it says nothing there.
     fn tell(&self, text: &str) {
-        self.screen.line(&format!("migration target: {text}"));
+        if self.saved.is_none() {
+            self.screen.line(text);
+        }
+    }
+
+    /// The configuration of the domain to make.
+    fn configuration(&self, header: &Header) -> anyhow::Result<DomainConfig> {
+        let file = self.saved.and_then(|saved| saved.config);
+        self.screen.line(&words::fill(words::PARSING, &[&file.unwrap_or("<saved>")]));
+        Ok(match file {
+            Some(file) => config::from_file(&passthrough::find_xl()?, file)?,
+            None => DomainConfig::parse(&header.config)?,
+        })
     }
 
     /// The name of the copy until it may run.
@@ -109,7 +150,7 @@ impl<'a> Arrival<'a> {
     }
 }
 
-impl Arriving for Arrival<'_> {
+impl Making for Arrival<'_> {
     type Error = anyhow::Error;
 
     fn gate(&self) -> &xl::Gate {
@@ -120,44 +161,23 @@ impl Arriving for Arrival<'_> {
         self.paused
     }
 
-    fn hear(&mut self, message: Message) -> Heard {
-        self.channel.hear(message, Until::Cancelled, || {})
-    }
-
-    fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
-        match message {
-            Message::Banner => self.tell("Ready to receive domain."),
-            Message::Ready => {
-                self.tell("Transfer complete, requesting permission to start domain.");
-            }
-            Message::Destroyed => self.tell("Cleanup OK, granting sender permission to resume."),
-            Message::Report | Message::Go => {}
-        }
-        let bytes = [message.text(), status.as_slice()].concat();
-        let said = self.channel.say(&bytes, until);
-        if let Said::Failed(error) = &said {
-            self.screen.line(&format!("rxl: writing to the sender: {error}"));
-        }
-        said
-    }
-
     fn read_header(&mut self) -> anyhow::Result<()> {
         let header = Header::read_from(&mut Cancellable(&self.channel))?;
         let (mandatory, optional, length) = header.info;
-        self.screen.line(&format!(
-            "Loading new save file <incoming migration stream> \
-             (new xl fmt info {mandatory:#x}/{optional:#x}/{length})\n \
-             Savefile contains xl domain config in JSON format\n\
-             Parsing config from <saved>"
-        ));
-        let mut config = DomainConfig::parse(&header.config)?;
+        let stream = self.saved.map_or("<incoming migration stream>", |saved| saved.name);
+        let (mandatory, optional) = (format!("{mandatory:#x}"), format!("{optional:#x}"));
+        let values: [&dyn std::fmt::Display; 4] = [&stream, &mandatory, &optional, &length];
+        self.screen.line(&words::fill(words::LOADING, &values));
+        self.screen.line(&words::fill(words::HAS_CONFIG, &[&" in JSON format"]));
+        let mut config = self.configuration(&header)?;
         let name = config.name().unwrap_or_default().to_owned();
         anyhow::ensure!(!name.is_empty(), "the domain's configuration has no name");
         let own = config.to_json();
         config.set_name(&incoming_name(&name));
         self.expected = Expected { name, own, config: config.to_json() };
         if self.print_config {
-            self.screen.line(&self.expected.config);
+            let Expected { own, config, .. } = &self.expected;
+            self.screen.line(if self.saved.is_some() { own } else { config });
         }
         Ok(())
     }
@@ -175,6 +195,13 @@ impl Arriving for Arrival<'_> {
             self.host.resolve(&incoming).is_err(),
             "a domain {incoming} is on this host already: another migration, or its remains"
         );
+        // A migration may wait: the domain may be one that is about to leave.
+        let name = &self.expected.name;
+        anyhow::ensure!(
+            self.saved.is_none() || self.host.resolve(name).is_err(),
+            "a domain {name} is on this host already: shut it down or rename it (xl rename), or \
+             restore with a configuration file that has another name"
+        );
         Ok(())
     }
 
@@ -184,7 +211,7 @@ impl Arriving for Arrival<'_> {
 
     fn start_guard(&mut self) {
         if let Some(lock) = &self.lock {
-            self.guard = Guard::start(Side::Target, &self.incoming(), None, lock, self.screen);
+            self.guard = Guard::start(Ward::Copy(&self.incoming()), lock, self.screen);
         }
     }
 
@@ -195,33 +222,24 @@ impl Arriving for Arrival<'_> {
 
     fn start_monitor(&mut self) {
         if let Some(copy) = self.copy.filter(|_| self.helpers.monitor) {
-            let incoming = self.incoming();
-            if let Err(error) = monitor::start(copy, &incoming, &self.expected.own) {
+            // As it is called now.
+            let migrated = self.saved.is_none();
+            let name = if migrated { self.incoming() } else { self.expected.name.clone() };
+            if let Err(error) = monitor::start(copy, &name, &self.expected.own) {
                 self.screen.line(&format!(
-                    "rxl: no monitor for {incoming}: {error:#}; nobody acts when the guest reboots \
+                    "rxl: no monitor for {name}: {error:#}; nobody acts when the guest reboots \
                      or ends"
                 ));
             }
         }
     }
 
-    fn not_created(&mut self, error: anyhow::Error) -> u8 {
-        let code = error.downcast_ref().map_or(FAILED, code_of);
-        self.screen.line(&format!("rxl: {error:#}"));
-        self.tell(&format!("Domain creation failed (code -{code})."));
-        code
-    }
-
     fn stand_down(&mut self) {
         self.guard.stand_down();
     }
 
-    fn abandon(&mut self) {
-        self.guard.abandon();
-    }
-
     fn rename(&mut self) -> Done {
-        self.tell("Got permission, starting domain.");
+        self.tell(words::PERMITTED);
         self.on_copy("rename", |host, copy| {
             host.rename(copy, &self.incoming(), &self.expected.name)
         })
@@ -232,10 +250,47 @@ impl Arriving for Arrival<'_> {
     }
 
     fn destroy(&mut self) -> Done {
-        self.tell("Failure, destroying our copy.");
+        self.tell(words::DESTROYING);
         let done = self.on_copy("destroy", |host, copy| host.destroy(copy));
-        done.inspect_err(|code| self.tell(&format!("Failed to destroy our copy (code -{code}).")))
+        done.inspect_err(|code| self.tell(&words::fill(words::NOT_DESTROYED, &[&minus(*code)])))
     }
+}
+
+impl Arriving for Arrival<'_> {
+    fn hear(&mut self, message: Message) -> Heard {
+        self.channel.hear(message, Until::Cancelled, || {})
+    }
+
+    fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
+        match message {
+            Message::Banner => self.tell(words::TARGET_READY),
+            Message::Ready => self.tell(words::COMPLETE),
+            Message::Destroyed => self.tell(words::GIVING_BACK),
+            Message::Report | Message::Go => {}
+        }
+        let bytes = [message.text(), status.as_slice()].concat();
+        let said = self.channel.say(&bytes, until);
+        if let Said::Failed(error) = &said {
+            self.screen.line(&format!("rxl: writing to the sender: {error}"));
+        }
+        said
+    }
+
+    fn not_created(&mut self, error: anyhow::Error) -> u8 {
+        let code = error.downcast_ref().map_or(FAILED, code_of);
+        self.screen.line(&format!("rxl: {error:#}"));
+        self.tell(&words::fill(words::NOT_CREATED, &[&minus(code)]));
+        code
+    }
+
+    fn abandon(&mut self) {
+        self.guard.abandon();
+    }
+}
+
+/// libxl's code, as xl prints it.
+fn minus(code: u8) -> i16 {
+    -i16::from(code)
 }
 
 /// libxl's code without its sign, as it goes over the wire; never 0.

@@ -2,9 +2,6 @@
 
 mod driver;
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -17,13 +14,15 @@ use crate::cli::{Globals, ReceiveArgs};
 use crate::gate::{Gate, SignalWatch};
 use crate::host::{self, Progress};
 use crate::output::Screen;
+use crate::stdio;
+use crate::words;
 
-pub(crate) use driver::{Arrival, Helpers};
+pub(crate) use driver::{Arrival, Helpers, Saved};
 
 /// Receives one domain.
 pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit> {
     let screen = Screen::stderr();
-    let (input, output) = take_stdio().context("taking standard input and output")?;
+    let (input, output) = stdio::take().context("taking standard input and output")?;
     host::become_save_helper()?;
     let host = host::open(globals, Progress::Silent)?;
     let gate = Arc::new(Gate::new()?);
@@ -43,24 +42,15 @@ pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit>
     })
 }
 
-/// Moves the channel away from descriptors 0 and 1, which whatever libxl starts would inherit:
-/// a script that prints a word would speak to the sender, and one that stays would keep ssh's
-/// connection open.
-fn take_stdio() -> io::Result<(OwnedFd, OwnedFd)> {
-    let input = io::stdin().as_fd().try_clone_to_owned()?;
-    let output = io::stdout().as_fd().try_clone_to_owned()?;
-    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-    rustix::stdio::dup2_stdout(io::stderr())?;
-    Ok((input, output))
-}
-
 fn tell(screen: &Screen, end: ReceiverEnd) {
     match end {
-        ReceiverEnd::Running => screen.line("migration target: Domain started successsfully."),
-        ReceiverEnd::RunningUnreported => screen.line(
-            "migration target: Domain started successsfully.\n\
-             rxl: the sender could not be told; its copy stays suspended and must be destroyed",
-        ),
+        ReceiverEnd::Running => screen.line(words::STARTED),
+        ReceiverEnd::RunningUnreported => {
+            screen.line(words::STARTED);
+            screen.line(
+                "rxl: the sender could not be told; its copy stays suspended and must be destroyed",
+            );
+        }
         ReceiverEnd::Nothing(cause) => screen.line(&format!("rxl: not received: {cause}")),
         ReceiverEnd::GivenBack { told: true } => {
             screen.line("rxl: the domain could not be started here; the sender may resume it");

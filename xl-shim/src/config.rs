@@ -1,4 +1,4 @@
-//! The configuration that goes to the target: the running domain's, or a file's.
+//! A configuration from a file in xl.cfg's syntax, which the real `xl` reads for us.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,22 +10,14 @@ use serde_json::Value;
 /// What makes a guest that guest; a file's value must not replace it.
 const IDENTITY: [&str; 2] = ["name", "uuid"];
 
-/// The configuration in `file` (xl.cfg's syntax, which the real `xl` reads for us), for the
-/// guest whose configuration is `running`.
-pub(crate) fn from_file(xl: &Path, file: &str, running: &str) -> anyhow::Result<DomainConfig> {
-    let output = Command::new(xl)
-        .args(["create", "-q", "-n", file])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("running {}", xl.display()))?;
-    if !output.status.success() {
-        bail!("{} cannot use the configuration file {file}", xl.display());
-    }
-    let parse = |json: &[u8]| serde_json::from_slice::<Value>(json);
-    let mut config =
-        parse(&output.stdout).with_context(|| format!("reading what xl makes of {file}"))?;
-    let running = parse(running.as_bytes()).context("reading the running configuration")?;
+/// The configuration in `file`, for the guest whose configuration is `running`.
+pub(crate) fn for_guest(
+    xl: &Path,
+    file: &str,
+    running: &DomainConfig,
+) -> anyhow::Result<DomainConfig> {
+    let parse = |config: &DomainConfig| serde_json::from_str::<Value>(&config.to_json());
+    let (mut config, running) = (parse(&from_file(xl, file)?)?, parse(running)?);
     if let Some(Value::Object(c_info)) = config.get_mut("c_info") {
         for key in IDENTITY {
             match running.get("c_info").and_then(|c| c.get(key)) {
@@ -35,6 +27,21 @@ pub(crate) fn from_file(xl: &Path, file: &str, running: &str) -> anyhow::Result<
         }
     }
     Ok(DomainConfig::parse(&config.to_string())?)
+}
+
+/// The configuration in `file`, with the name and the UUID that it says (or `xl` makes up).
+pub(crate) fn from_file(xl: &Path, file: &str) -> anyhow::Result<DomainConfig> {
+    let output = Command::new(xl)
+        .args(["create", "-q", "-n", file])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("running {}", xl.display()))?;
+    if !output.status.success() {
+        bail!("{} cannot use the configuration file {file}", xl.display());
+    }
+    let json = String::from_utf8_lossy(&output.stdout);
+    DomainConfig::parse(&json).with_context(|| format!("reading what xl makes of {file}"))
 }
 
 #[cfg(test)]
@@ -51,8 +58,10 @@ mod tests {
         std::fs::write(&xl, script).unwrap();
         std::fs::set_permissions(&xl, std::fs::Permissions::from_mode(0o755)).unwrap();
         let running = r#"{"c_info":{"name":"a","uuid":"u-1","type":"pvh"}}"#;
-        let config = from_file(&xl, "g.cfg", running).unwrap();
+        let running = DomainConfig::parse(running).unwrap();
+        let config = for_guest(&xl, "g.cfg", &running).unwrap();
         assert_eq!(config.to_json(), r#"{"c_info":{"name":"a","type":"pv","uuid":"u-1"}}"#);
-        assert!(from_file(&xl, "other", running).is_err());
+        assert_eq!(from_file(&xl, "g.cfg").unwrap().name(), Some("b"));
+        assert!(from_file(&xl, "other").is_err());
     }
 }
