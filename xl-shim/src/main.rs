@@ -15,6 +15,8 @@
 
 mod channel;
 mod cli;
+#[cfg(test)]
+mod compat;
 mod config;
 mod events;
 #[cfg(test)]
