@@ -1,5 +1,5 @@
-//! Migrations that have to fail: with a message that says why, the exit code of `xl`, the guest
-//! running on where it was, and nothing left of the attempt at either end.
+//! Migrations and saves that have to fail: with a message that says why, the exit code of `xl`, the
+//! guest running on where it was, and nothing left of the attempt at either end.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,6 +27,10 @@ const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
 const ARRIVED_MIB: u64 = 16;
 /// Memory that is left at a target that is full.
 const LEFT_MIB: u64 = 80;
+/// A disk of less than any guest's memory.
+const SMALL_DISK: &str = "/run/rxl-small-disk";
+/// Takes what a pipe holds, and no more.
+const SLOW_FILE: &str = "/run/rxl-slow-file";
 /// An address of the lab's network that no host has.
 const NOBODY: &str = "10.77.0.99";
 
@@ -43,11 +47,14 @@ const REFUSALS: [(&str, Provoke); 5] = [
 ];
 
 /// What happens while memory moves.
-const BREAKS: [(&str, Provoke); 4] = [
+const BREAKS: [(&str, Provoke); 7] = [
     ("the target kills its side mid-stream", receiver_is_killed),
     ("ssh is killed mid-stream", ssh_is_killed),
     ("Ctrl-C during pre-copy", interrupted),
     ("rxl and its save helper are killed mid-stream", sender_is_killed),
+    ("the disk is full during a save", full_disk),
+    ("Ctrl-C during a save", save_interrupted),
+    ("rxl and its save helper are killed during a save", save_is_killed),
 ];
 
 /// Runs all of it.
@@ -232,6 +239,52 @@ fn interrupted(session: &Session, guest: &str) -> Result<()> {
     let migration = mid_stream(session, guest)?;
     migration.signal_group("INT")?;
     expect_failure(&migration.finish(FAILURE_TIMEOUT)?, CANCELLED, &["cancelled", KEPT])
+}
+
+/// Nothing may be left on the disk.
+fn full_disk(session: &Session, guest: &str) -> Result<()> {
+    let source = session.host(1)?;
+    source
+        .run(&format!("mkdir -p {SMALL_DISK} && mount -t tmpfs -o size=32m tmpfs {SMALL_DISK}"))?;
+    let saved = "Failed to save domain, resuming domain";
+    let result = fails(session, &format!("rxl save {guest} {SMALL_DISK}/x"), &[saved, KEPT]);
+    let left = source.run(&format!("ls -A {SMALL_DISK}; umount {SMALL_DISK}"))?;
+    ensure!(left.is_empty(), "left on the disk: {left}");
+    result
+}
+
+/// Starts a save that does not get on, and waits until the guest has suspended for it.
+fn mid_save<'a>(session: &'a Session, guest: &str) -> Result<Background<'a>> {
+    let source = session.host(1)?;
+    source.run(&format!("rm -f {SLOW_FILE}; mkfifo {SLOW_FILE}"))?;
+    let reader = format!("sleep 240 < {SLOW_FILE} > /dev/null 2>&1 &");
+    let command = quote(&format!("{reader} exec rxl save {guest} {SLOW_FILE}"));
+    let mut save = Background::start(source, &format!("sh -c {command}"))?;
+    let deadline = Instant::now() + STREAM_TIMEOUT;
+    let state = format!("xl list {guest} | awk 'NR == 2 {{ print $5 }}'");
+    while !source.run(&state)?.contains('s') {
+        if save.has_ended()? || Instant::now() > deadline {
+            let finished = save.finish(Duration::ZERO)?;
+            bail!("the guest does not suspend: {}", describe(&finished));
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+    Ok(save)
+}
+
+fn save_interrupted(session: &Session, guest: &str) -> Result<()> {
+    let save = mid_save(session, guest)?;
+    save.signal_group("INT")?;
+    expect_failure(&save.finish(FAILURE_TIMEOUT)?, CANCELLED, &["cancelled", KEPT])
+}
+
+/// Only the guard is left, which lets the guest run on.
+fn save_is_killed(session: &Session, guest: &str) -> Result<()> {
+    let save = mid_save(session, guest)?;
+    kill(session.host(1)?, "(rxl save|[^ ]+ --save-domain) ")?;
+    let finished = save.finish(FAILURE_TIMEOUT)?;
+    ensure!(!finished.status.success(), "{}", describe(&finished));
+    Ok(())
 }
 
 fn never_suspends(session: &Session, guest: &str) -> Result<()> {

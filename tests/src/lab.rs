@@ -130,6 +130,24 @@ impl Session {
         self.settle(guest)
     }
 
+    /// Saves a guest, restores it where it was and verifies it.
+    ///
+    /// # Errors
+    /// Either failed, or anything is not as it has to be after it.
+    pub fn save_and_restore(&self, guest: &str, route: Route) -> Result<()> {
+        let (host, _) = self.here_and_there(guest)?;
+        let done = self.lab.save_and_restore(guest, host, route)?;
+        note(format!(
+            "saved in {:.1} s, restored in {:.1} s, {} MiB, {} bad pages",
+            done.save.as_secs_f64(),
+            done.restore.as_secs_f64(),
+            done.file_bytes >> 20,
+            done.bad_pages
+        ));
+        ensure!(done.bad_pages == 0, "{} pages of {guest} are bad", done.bad_pages);
+        self.settle(guest)
+    }
+
     /// Checks that a guest runs on `host` and nowhere else, that all of its memory is right, and
     /// that no migration has left anything.
     ///
@@ -186,14 +204,14 @@ impl Drop for Session {
     }
 }
 
-/// Prints the command lines of what takes part in a migration: either end, guards, transports and
-/// helpers. A daemon called `xl migrate-receive` is none: stock's receiver becomes the process that
-/// watches the domain, and keeps its name.
+/// Prints the command lines of what takes part in a migration, a save or a restore: either end,
+/// guards, transports and helpers. A daemon called `xl migrate-receive` or `xl restore` is none:
+/// it has become the process that watches the domain, and keeps its name.
 const MIGRATION_PROCESSES: &str = "\
     ps -eo ppid=,args= | \
     grep -E '^ *[0-9]+ [^ ]*(xl|ssh|libxl-save-helper) ' | \
-    grep -E ' (migrate|migrate-receive|domain-guard|--(save|restore)-(domain|worker))( |$)' | \
-    grep -vE '^ *1 [^ ]*/xl migrate-receive' || true";
+    grep -E ' (migrate|migrate-receive|save|restore|domain-guard|--save-.*|--restore-.*)( |$)' | \
+    grep -vE '^ *1 [^ ]*/xl (migrate-receive|restore)' || true";
 
 /// Whether a lab has at least what is asked for; rates do not count, they can be changed.
 fn suffices(have: &Shape, want: &Shape) -> bool {

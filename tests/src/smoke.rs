@@ -7,7 +7,7 @@ use crate::lab::{Session, spec};
 use crate::tally::Tally;
 
 /// Pages that a guest rewrites per second.
-const DIRTY_PAGES_PER_S: u64 = 200;
+pub(crate) const DIRTY_PAGES_PER_S: u64 = 200;
 
 const ROUTES: [(&str, Route); 3] = [
     ("rxl to rxl", Route::Rxl),

@@ -36,6 +36,7 @@ mod process;
 mod progress;
 mod push;
 mod qemu;
+mod saving;
 mod state;
 mod store;
 
@@ -47,5 +48,6 @@ pub use crate::load::Load;
 pub use crate::migration::{Measured, Migration, REPORT_PATH, Route, Way};
 pub use crate::network::{NAMESPACE, address};
 pub use crate::push::{HELPER_PATH, RXL_PATH};
+pub use crate::saving::{SavedAndRestored, save_path};
 pub use crate::state::Shape;
 pub use crate::store::Store;

@@ -108,6 +108,19 @@ impl Route {
         }
     }
 
+    /// The program at the source.
+    pub(crate) fn sender(self) -> &'static str {
+        if self.sender_is_rxl() { "rxl" } else { "xl" }
+    }
+
+    /// The program at the target.
+    pub(crate) fn receiver(self) -> &'static str {
+        match self {
+            Route::Rxl | Route::RxlBySsh | Route::XlToRxl => "rxl",
+            Route::Xl | Route::RxlToXl => "xl",
+        }
+    }
+
     fn sender_is_rxl(self) -> bool {
         matches!(self, Route::Rxl | Route::RxlBySsh | Route::RxlToXl)
     }

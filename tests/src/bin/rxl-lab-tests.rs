@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, failures, fake, fuzz, sim, smoke, soak, unit};
+use rxl_tests::{bad_input, failures, fake, fuzz, interop, sim, smoke, soak, unit};
 
 /// Seeds of the simulator that CI runs: some ten seconds.
 const SIM_SEEDS: u64 = 2_000;
@@ -45,6 +45,8 @@ enum Suite {
     },
     /// Moves a PV and a PVH guest between rxl and rxl, and between rxl and the stock xl
     Smoke,
+    /// Every pairing of rxl and the stock xl: migrate, save and restore
+    Interop,
     /// Moves both guests there and back many times, then counts what is left behind
     Soak {
         /// How many times
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Some(Suite::Sim { seed: Some(seed), .. }) => sim::show(&mut tally, seed),
         Some(Suite::Sim { seeds, .. }) => sim::run(&mut tally, seeds),
         Some(Suite::Smoke) => in_lab(&mut tally, smoke::run),
+        Some(Suite::Interop) => in_lab(&mut tally, interop::run),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {
             soak::run(tally, session, rounds);
         }),
