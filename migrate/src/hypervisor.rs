@@ -124,6 +124,20 @@ pub trait StreamIn<P: ForeignPages> {
     /// # Errors
     /// As [`StreamIn::read_exact`].
     fn read_pages(&mut self, pages: &P, slots: &mut [PageSlot<'_>]) -> io::Result<()>;
+    /// Where in its file the next byte is.
+    ///
+    /// # Errors
+    /// It is not in a file; else what the descriptor says.
+    fn position(&mut self) -> io::Result<u64> {
+        Err(io::ErrorKind::NotSeekable.into())
+    }
+    /// Goes to byte `offset` of its file.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` where the file ends before; else as [`StreamIn::position`].
+    fn go_to(&mut self, _offset: u64) -> io::Result<()> {
+        Err(io::ErrorKind::NotSeekable.into())
+    }
 }
 
 /// What sender and receiver ask of one domain.

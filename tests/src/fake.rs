@@ -4,9 +4,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rxl_fake_xen::{
-    Activity, GuestKind, Migration, Planted, Program, Programs, Rig, Size, Ways, without_optional,
+    Activity, Filed, GuestKind, Migration, Planted, Program, Programs, Rig, Size, Ways,
+    without_optional,
 };
 
 use crate::stock::{self, Format};
@@ -24,6 +25,8 @@ const PAIRS: [Pair; 4] = [
 ];
 /// A guest with room to grow to 16 GiB.
 const LARGE_SIZE: Size = Size { pages: 4 << 20, memory: 64 << 10 };
+/// A guest that is not moved within a few milliseconds.
+const MEDIUM_SIZE: Size = Size { pages: 64 << 10, memory: 64 << 10 };
 const LARGE: [(Pair, GuestKind, Activity); 4] = [
     ((Program::Stock, Program::Rxl), GuestKind::PvLinear, Activity::Stopped),
     ((Program::Rxl, Program::Stock), GuestKind::PvTree, Activity::Writing),
@@ -61,6 +64,7 @@ pub fn run(tally: &mut Tally, runs: u64, seed: u64) {
         moves(tally, &rig, &Migration { size: LARGE_SIZE, ..case(pair, guest, activity, seed) });
     }
     linked(tally, &rig, &LINKED, seed);
+    filed(tally, &rig, seed);
     troubled(tally, &rig, runs / TROUBLED_SHARE, seed);
 }
 
@@ -70,6 +74,7 @@ pub fn run_short(tally: &mut Tally) {
     matrix(tally, &rig, CELLS, 0);
     planted(tally, &rig, 0);
     linked(tally, &rig, &[(GuestKind::Pvh, Ways::Sealed(2))], 0);
+    filed(tally, &rig, 0);
     troubled(tally, &rig, CELLS / TROUBLED_SHARE, 0);
 }
 
@@ -129,6 +134,40 @@ fn linked(tally: &mut Tally, rig: &Rig, cases: &[(GuestKind, Ways)], seed: u64) 
             Ok(())
         });
     }
+}
+
+/// Files of either program are read by several workers. Stock's are of guests that stand still, for
+/// it may lose a race with others.
+fn filed(tally: &mut Tally, rig: &Rig, seed: u64) {
+    let saved_by = [(Program::Stock, Activity::Stopped), (Program::Rxl, Activity::Writing)];
+    for (from, activity) in saved_by {
+        for (guest, ways) in
+            GUESTS.into_iter().zip([Ways::Workers(2), Ways::Threads(2), Ways::Workers(5)])
+        {
+            let migration = Migration { ways, ..case((from, Program::Rxl), guest, activity, seed) };
+            tally.case(&format!("from a file: {}", name(&migration)), || {
+                match rig.through_file(&migration)? {
+                    Filed::Restored(differences) => {
+                        ensure!(differences.is_empty(), "the copy differs: {differences:?}");
+                        Ok(())
+                    }
+                    Filed::Failed(why) => bail!("it is not restored: {why}"),
+                }
+            });
+        }
+    }
+    let both = case((Program::Rxl, Program::Rxl), GuestKind::Pvh, Activity::Stopped, seed);
+    let migration = Migration { size: MEDIUM_SIZE, ways: Ways::WorkerKilled(2), ..both };
+    tally.case(&format!("from a file: {}", name(&migration)), || {
+        match rig.through_file(&migration)? {
+            Filed::Restored(_) => bail!("nobody misses the worker"),
+            Filed::Failed(why) => {
+                let wanted = "restoring failed: a worker failed: worker";
+                ensure!(why.contains(wanted) && why.contains("SIGKILL"), "it says: {why}");
+                Ok(())
+            }
+        }
+    });
 }
 
 /// Faults that the comparison has to find; and calls that take long.

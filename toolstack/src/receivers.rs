@@ -1,29 +1,32 @@
-//! The receiver's workers: each opens a link to the sender, and places what comes over it in the
-//! guest's memory.
+//! The receiver's workers, which place pages in the guest's memory: each opens a link to the sender
+//! and takes what comes over it; or, if the stream is a file, each reads parts of it.
 //!
-//! What they say is [`rxl_migrate::target::links`]'s, after a first message with the offer: a
-//! secret is not for a command line.
+//! What they say is [`rxl_migrate::target::links`]'s; to one with a link there is a first message
+//! with the offer, because a secret is not for a command line.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Stdio;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rxl_migrate::frame::DomId;
 use rxl_migrate::stream::link::Offer;
+use rxl_migrate::target::file::work_on_file;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner, work};
 use serde::{Deserialize, Serialize};
 
 use crate::doorman::{HELLO_TIME, open_link};
 use crate::messages;
-use crate::worker::{Worker, become_worker};
-use crate::xc::{Heartbeat, LiveDomain, ReceivingLink, SealedIn};
+use crate::worker::{Mode, Worker, become_worker};
+use crate::xc::{FileAt, Heartbeat, LiveDomain, ReceivingLink, SealedIn};
 
 /// The first argument of a worker's command line: then comes the domain's number.
 pub const ARGUMENT: &str = "--restore-worker";
+/// What comes then for one whose standard output is the file to be read.
+const FILE: &str = "file";
 
 /// What a worker is told first.
 #[derive(Debug, Serialize, Deserialize)]
@@ -39,6 +42,8 @@ pub struct Openers<'a> {
     domain: DomId,
     stream: BorrowedFd<'a>,
     workers: BTreeMap<u8, Worker>,
+    /// How many of them there were for a file.
+    readers: u8,
     needs: VecDeque<Need>,
 }
 
@@ -48,7 +53,37 @@ impl<'a> Openers<'a> {
     #[must_use]
     pub fn new(program: OsString, domain: DomId, stream: BorrowedFd<'a>) -> Openers<'a> {
         let (workers, needs) = (BTreeMap::new(), VecDeque::new());
-        Openers { program, domain, stream, workers, needs }
+        Openers { program, domain, stream, workers, readers: 0, needs }
+    }
+
+    /// Starts `count` workers that read the stream, which is a file, each from where it is told. To
+    /// be called while there is one thread.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn read_file(&mut self, count: u8, mode: Mode) -> io::Result<()> {
+        for number in 0..count {
+            let worker = self.reader(mode, self.stream.try_clone_to_owned()?)?;
+            self.workers.insert(number, worker);
+        }
+        self.readers = count;
+        Ok(())
+    }
+
+    fn reader(&self, mode: Mode, file: OwnedFd) -> io::Result<Worker> {
+        let domain = self.domain;
+        match mode {
+            Mode::Process => {
+                let args = [ARGUMENT, &domain.to_string(), FILE];
+                Worker::process(&self.program, &args, Stdio::from(file))
+            }
+            Mode::Thread => Worker::thread(None, move |socket| {
+                // Whoever restores has been told, or wants no more.
+                if let Err(error) = place_from_file(domain, file, &socket) {
+                    tracing::debug!("a worker has ended: {}", error.chain());
+                }
+            }),
+        }
     }
 
     fn start(&self, offer: &Offer, link: u8) -> io::Result<Worker> {
@@ -104,6 +139,10 @@ impl<'a> Openers<'a> {
 }
 
 impl Links for Openers<'_> {
+    fn readers(&self) -> u8 {
+        self.readers
+    }
+
     fn open(&mut self, offer: &Offer) {
         for link in 0..offer.links {
             match self.start(offer, link) {
@@ -148,19 +187,32 @@ impl Links for Openers<'_> {
 /// A worker's end of the socket.
 struct Socket<F> {
     socket: F,
-    heartbeat: Heartbeat,
+    /// For the other end of a link.
+    heartbeat: Option<Heartbeat>,
 }
 
 impl<F: AsFd> Owner for Socket<F> {
     fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
         messages::send(self.socket.as_fd(), ask)?;
-        self.heartbeat.wait_for(self.socket.as_fd(), PollFlags::IN)?;
+        if let Some(heartbeat) = &self.heartbeat {
+            heartbeat.wait_for(self.socket.as_fd(), PollFlags::IN)?;
+        }
         messages::receive(self.socket.as_fd())?.ok_or(ErrorKind::UnexpectedEof.into())
     }
 }
 
+/// Places what it is told of `file`, until whoever has the other end of `socket` wants no more.
+fn place_from_file(domain: DomId, file: impl AsFd, socket: impl AsFd) -> rxl_migrate::Result<()> {
+    let mut owner = Socket { socket, heartbeat: None };
+    let domain = LiveDomain::open(domain).inspect_err(|error| {
+        // If it cannot be told, there is nobody who could act on it.
+        let _ = owner.ask(&Ask::Failed(error.to_string()));
+    })?;
+    work_on_file(&domain, &mut FileAt::new(file), &mut owner)
+}
+
 /// What a process does that was started with [`ARGUMENT`] and `args` after it: opens the link that
-/// it is told, and places what comes over it until it ends.
+/// it is told, and places what comes over it until it ends; or places what it is told of a file.
 ///
 /// # Errors
 /// The arguments are not those of a worker; the link cannot be opened; whatever ends it early.
@@ -170,6 +222,9 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let domain = args.first().and_then(|text| text.parse().ok()).map(DomId);
     let domain = domain.ok_or(rxl_migrate::Error::Unsupported("a worker without a domain"))?;
     let stdin = io::stdin();
+    if args.get(1) == Some(&FILE) {
+        return place_from_file(domain, io::stdout(), stdin);
+    }
     let assignment = messages::receive::<Assignment>(stdin.as_fd());
     let Some(Assignment { offer, link }) = assignment.map_err(failed("being told what to do"))?
     else {
@@ -182,14 +237,14 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     match offer.certificate {
         None => {
             let mut link = ReceivingLink::new(connection).map_err(failed)?;
-            let heartbeat = link.heartbeat();
+            let heartbeat = Some(link.heartbeat());
             work(&domain, &mut link, &mut Socket { socket, heartbeat })
         }
         Some(trusted) => {
             let proof = offer.secret.proof_token(link);
             let link = SealedIn::open(connection, trusted, &proof, HELLO_TIME);
             let mut link = link.map_err(failed)?;
-            let heartbeat = link.heartbeat();
+            let heartbeat = Some(link.heartbeat());
             work(&domain, &mut link, &mut Socket { socket, heartbeat })
         }
     }
@@ -243,5 +298,17 @@ mod tests {
             let mut openers = with_worker(reader.as_fd(), true);
             assert_eq!(openers.wait(false).unwrap(), Need::Ask(0, Ask::Pass(7)));
         }
+    }
+
+    #[test]
+    fn a_worker_on_a_file_that_ends_is_missed() {
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let file = rustix::fs::memfd_create("stream", flags).unwrap();
+        let mut openers = Openers::new("false".into(), DomId(1), file.as_fd());
+        openers.read_file(1, Mode::Process).unwrap();
+        assert_eq!(openers.readers(), 1);
+        let Need::Ended(0, why) = openers.wait(false).unwrap() else { panic!() };
+        assert!(why.contains("has ended (exit status: 1)"), "{why}");
+        assert!(openers.wait(false).is_err());
     }
 }

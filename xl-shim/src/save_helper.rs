@@ -110,14 +110,17 @@ fn save(
 fn start_workers(domain: DomId, stream: &OwnedFd, ways: &Ways) -> io::Result<Option<Pool>> {
     let (count, mode) = (ways.stream_workers(), ways.mode());
     // Nobody who reads a file later could come to a link.
-    let is_file = FileType::from_raw_mode(fstat(stream)?.st_mode) == FileType::RegularFile;
-    let doorman = if is_file { None } else { ways.doorman() };
+    let doorman = if is_file(stream)? { None } else { ways.doorman() };
     if count == 0 && doorman.is_none() {
         return Ok(None);
     }
     let program = env::current_exe()?.into_os_string();
     let stream = stream.as_fd();
     Pool::start(Staff { program, domain, mode, count, stream, doorman }).map(Some)
+}
+
+fn is_file(stream: &OwnedFd) -> io::Result<bool> {
+    Ok(FileType::from_raw_mode(fstat(stream)?.st_mode) == FileType::RegularFile)
 }
 
 fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
@@ -130,16 +133,35 @@ fn run_restore(args: &RestoreArgs) -> anyhow::Result<()> {
         console_evtchn: args.console_port,
         console_domid: args.console_domain,
     };
-    let program = env::current_exe()?.into_os_string();
-    let result = LiveDomain::open(args.domain).map_err(Into::into).and_then(|domain| {
-        let links = Box::new(Openers::new(program, args.domain, stream.as_fd()));
-        let mut input = FdIn::new(&stream);
-        target::restore_with(&domain, &mut input, &mut channel, Some(links), &options)
-    });
+    let result = restore(args.domain, &stream, &mut channel, &options);
     // libxl wants the results before the end, after a failure too.
     let (store, console) = result.as_ref().map_or((0, 0), |o| (o.store_frame, o.console_frame));
     channel.restore_results(store, console)?;
     complete(channel, result.err(), "restoring")
+}
+
+fn restore(
+    domain: DomId,
+    stream: &OwnedFd,
+    channel: &mut Channel,
+    options: &target::Options,
+) -> rxl_migrate::Result<target::Outcome> {
+    let failed = |source| rxl_migrate::Error::Worker { what: "starting workers", source };
+    let links = Box::new(receiving_workers(domain, stream).map_err(failed)?);
+    let domain = LiveDomain::open(domain)?;
+    target::restore_with(&domain, &mut FdIn::new(stream), channel, Some(links), options)
+}
+
+/// Those that read a file, as many as the environment asks for, or help; from anything else, those
+/// that open links if some are offered.
+fn receiving_workers(domain: DomId, stream: &OwnedFd) -> io::Result<Openers<'_>> {
+    let program = env::current_exe()?.into_os_string();
+    let mut openers = Openers::new(program, domain, stream.as_fd());
+    if is_file(stream)? {
+        let ways = Ways::from_environment();
+        openers.read_file(ways.stream_workers(), ways.mode())?;
+    }
+    Ok(openers)
 }
 
 /// The channel to libxl: descriptors 0 and 1, unbuffered.

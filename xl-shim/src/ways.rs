@@ -32,7 +32,7 @@ const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
 const STREAMS_ENV: &str = "RXL_STREAMS";
 
 /// Most workers of one stream that are chosen. They share one writer, and mapping costs less than
-/// three times what writing does (docs/bench.md).
+/// three times what writing does (docs/bench.md); those that read a file share its disk.
 const STREAM_WORKERS_CHOSEN_MAX: usize = 4;
 /// Most links that are chosen for the sake of processors: 8 connections fill the fastest networks
 /// that others have measured; more addresses get more.
@@ -140,7 +140,8 @@ impl Ways {
         self.workers.mode
     }
 
-    /// Workers that share the stream; 0 where the save helper does it alone.
+    /// Workers that share the stream, or at the receiver the file that it is; 0 where the save
+    /// helper does it alone.
     pub(crate) fn stream_workers(&self) -> u8 {
         let count = self.workers.count.unwrap_or_else(|| chosen(STREAM_WORKERS_CHOSEN_MAX));
         if count < 2 { 0 } else { count }

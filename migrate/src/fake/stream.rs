@@ -108,4 +108,14 @@ impl StreamIn<FakePages> for Wire {
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
         fill_pages(pages, slots, |page| self.read_exact(page))
     }
+
+    fn position(&mut self) -> io::Result<u64> {
+        Ok(self.position as u64)
+    }
+
+    fn go_to(&mut self, offset: u64) -> io::Result<()> {
+        let there = usize::try_from(offset).ok().filter(|offset| *offset <= self.bytes.len());
+        self.position = there.ok_or(io::ErrorKind::UnexpectedEof)?;
+        Ok(())
+    }
 }

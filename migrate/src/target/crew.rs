@@ -1,30 +1,44 @@
-//! The process that restores, as the owner of all that the workers on links ask for.
+//! The process that restores, as the owner of all that workers ask for, on links or on a file.
+
+use std::io;
 
 use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::stream::link::{LinkSet, Offer};
+use crate::target::file::{Batch, Batches};
 use crate::target::guest::{Guest, Memory};
 use crate::target::links::{Answer, Ask, Links, Need};
 use crate::target::passes::Passes;
 
-/// The workers on links, if there may be any.
+/// The workers, if there may be any.
 pub(super) struct Crew<'a> {
     links: Option<Box<dyn Links + 'a>>,
-    /// Whether any has been opened.
+    /// Whether any link has been opened.
     opened: bool,
+    /// Whether there are workers that read the file which the stream is.
+    reads_file: bool,
     passes: Passes,
     /// Links that wait to be let into a pass.
     waiting: Vec<(u8, u32)>,
+    /// What is placed from a file.
+    batches: Batches,
 }
 
 impl<'a> Crew<'a> {
     pub(super) fn new(links: Option<Box<dyn Links + 'a>>) -> Crew<'a> {
-        Crew { links, opened: false, passes: Passes::default(), waiting: Vec::new() }
+        let reads_file = links.as_ref().is_some_and(|links| links.readers() > 0);
+        let (passes, waiting, batches) = Default::default();
+        Crew { links, opened: false, reads_file, passes, waiting, batches }
     }
 
-    /// Opens links, if this side can.
+    /// Whether what is in the stream is for workers to read.
+    pub(super) fn reads_file(&self) -> bool {
+        self.reads_file
+    }
+
+    /// Opens links, if this side can. Nobody waits at the other end of those that a file offers.
     pub(super) fn open(&mut self, offer: &Offer) {
-        if let Some(links) = &mut self.links {
+        if let Some(links) = self.links.as_mut().filter(|_| !self.reads_file) {
             links.open(offer);
             self.opened = true;
         }
@@ -45,7 +59,7 @@ impl<'a> Crew<'a> {
 
     /// The sender has lost a link: nothing of it is applied any more, and nothing waits for it.
     pub(super) fn lose(&mut self, link: u8) {
-        if let Some(links) = &mut self.links {
+        if let Some(links) = self.links.as_mut().filter(|_| self.opened) {
             links.dismiss(link);
         }
         self.waiting.retain(|(waiting, _)| *waiting != link);
@@ -60,10 +74,10 @@ impl<'a> Crew<'a> {
 
     /// Does what workers ask until the stream can be read.
     pub(super) fn serve_until_readable<G: Guest>(&mut self, guest: &mut G) -> Result<()> {
-        while self.opened {
+        while self.opened || self.reads_file {
             match self.wait(true)? {
-                None | Some(Need::Stream) => break,
-                Some(need) => self.serve(need, guest)?,
+                Need::Stream => break,
+                need => self.serve(need, guest)?,
             }
         }
         Ok(())
@@ -72,19 +86,40 @@ impl<'a> Crew<'a> {
     /// Does what workers ask until all passes that have ended on the stream are complete.
     pub(super) fn serve_until_complete<G: Guest>(&mut self, guest: &mut G) -> Result<()> {
         while !self.passes.are_complete() {
-            match self.wait(false)? {
-                None => return Err(Error::Batch("pages came over links that are not here".into())),
-                Some(need) => self.serve(need, guest)?,
+            if !self.opened {
+                return Err(Error::Batch("pages came over links that are not here".into()));
             }
+            let need = self.wait(false)?;
+            self.serve(need, guest)?;
         }
         Ok(())
     }
 
-    fn wait(&mut self, stream: bool) -> Result<Option<Need>> {
-        let Some(links) = self.links.as_mut().filter(|_| self.opened) else { return Ok(None) };
-        let what = "waiting for workers";
-        let need = links.wait(stream).map_err(|source| Error::Worker { what, source })?;
-        Ok(Some(need))
+    /// Has a worker place `batch`, as soon as one is idle and nobody places any of its pages.
+    pub(super) fn place<G: Guest>(&mut self, batch: Batch, guest: &mut G) -> Result<()> {
+        loop {
+            if let Some(worker) = self.batches.give(&batch) {
+                self.answer(worker, &Answer::Place(batch));
+                return Ok(());
+            }
+            let need = self.wait(false)?;
+            self.serve(need, guest)?;
+        }
+    }
+
+    /// Does what workers ask until no batch of a file is under way.
+    pub(super) fn serve_until_placed<G: Guest>(&mut self, guest: &mut G) -> Result<()> {
+        while self.batches.are_under_way() {
+            let need = self.wait(false)?;
+            self.serve(need, guest)?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, stream: bool) -> Result<Need> {
+        let failed = |source| Error::Worker { what: "waiting for workers", source };
+        let links = self.links.as_mut().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+        links.wait(stream).map_err(failed)
     }
 
     fn serve<G: Guest>(&mut self, need: Need, guest: &mut G) -> Result<()> {
@@ -106,7 +141,10 @@ impl<'a> Crew<'a> {
                 self.waiting.push((link, pass));
                 self.let_in();
             }
+            Need::Ask(worker, Ask::Batch) => self.batches.finish(worker),
             Need::Ask(_, Ask::Failed(why)) => return Err(Error::Batch(why)),
+            // What it had placed of its batch nobody knows.
+            Need::Ended(_, why) if self.reads_file => return Err(Error::Batch(why)),
             Need::Ended(link, why) => {
                 // The sender will notice, say so, and send again what is missing.
                 tracing::debug!(link, why, "the worker on a link has ended");

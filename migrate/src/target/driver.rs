@@ -17,7 +17,7 @@ use crate::target::guest::Guest;
 use crate::target::hvm::Hvm;
 use crate::target::links::Links;
 use crate::target::machine::{Action, Event, Machine};
-use crate::target::pages::{Placer, Verification};
+use crate::target::pages::{self, Placer, Verification};
 use crate::target::pv::Pv;
 
 /// Bytes of a `xen_cpuid_leaf_t`.
@@ -71,7 +71,8 @@ where
     restore_with(domain, input, toolstack, None, options)
 }
 
-/// The same as [`restore`]; if the stream offers links, `links` opens them.
+/// The same as [`restore`]; if the stream offers links, `links` opens them. If it is a file, and
+/// `links` has workers that read it, they do so.
 ///
 /// # Errors
 /// As [`restore`].
@@ -182,6 +183,16 @@ impl<'a, I: StreamIn<P>, P: crate::hypervisor::ForeignPages> Reader<'a, I, P> {
         Ok(())
     }
 
+    /// Leaves out `length` bytes of a stream that is a file; where they begin comes back. `what`
+    /// says what could not be done if they are not there.
+    pub(super) fn pass_over(&mut self, length: u64, what: &'static str) -> Result<u64> {
+        let failed = |source| Error::Stream { what, source };
+        let start = self.input.position().map_err(failed)?;
+        self.input.go_to(start.saturating_add(length)).map_err(failed)?;
+        self.bytes += length;
+        Ok(start)
+    }
+
     fn fill(&mut self, bytes: &mut [u8], what: &'static str) -> Result<()> {
         self.input.read_exact(bytes).map_err(|source| Error::Stream { what, source })?;
         self.bytes += bytes.len() as u64;
@@ -202,7 +213,7 @@ pub(super) struct Receiver<'a, 'b, D: Domain, I, T, G> {
     pub(super) reader: &'a mut Reader<'b, I, D::Pages>,
     pub(super) toolstack: &'a mut T,
     pub(super) guest: G,
-    /// Those who place what comes over links.
+    /// Those who place what comes over links, or is in a file.
     crew: Crew<'b>,
     placer: Placer<'a, D>,
     verification: Verification,
@@ -282,6 +293,9 @@ where
         if !about_links.contains(&header.kind) {
             self.crew.serve_until_complete(&mut self.guest)?;
         }
+        if header.kind != ReadKind::Known(RecordKind::PageData) {
+            self.crew.serve_until_placed(&mut self.guest)?;
+        }
         Ok(header)
     }
 
@@ -311,7 +325,11 @@ where
 
     /// Places the pages of a record, or compares them with what has been placed.
     fn receive_pages(&mut self, length: usize, compare: bool) -> Result<()> {
-        let Receiver { placer, reader, guest, verification, toolstack, .. } = self;
+        let Receiver { placer, reader, guest, verification, toolstack, crew, .. } = self;
+        if !compare && crew.reads_file() {
+            let batches = pages::batches_in_file(reader, guest, length)?;
+            return batches.into_iter().try_for_each(|batch| crew.place(batch, guest));
+        }
         if !compare {
             return placer.receive(reader, guest, length);
         }

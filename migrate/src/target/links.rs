@@ -21,6 +21,7 @@ use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind};
 use crate::stream::link::{self, Offer};
 use crate::target::driver::Reader;
+use crate::target::file::Batch;
 use crate::target::guest::Memory;
 use crate::target::pages::Placer;
 use crate::x86::pv::{localise, referenced};
@@ -42,6 +43,8 @@ pub enum Ask {
     Resolve(#[serde(with = "runs::pfns")] Vec<Pfn>),
     /// To be let into this pass; all of the earlier ones is placed.
     Pass(u32),
+    /// For a batch of the file that the stream is; what it had is placed, and mapped no more.
+    Batch,
     /// Nothing: it has to give up, for a reason that is not the link's.
     Failed(String),
 }
@@ -53,6 +56,8 @@ pub enum Answer {
     Frames(#[serde(with = "runs::frames")] Vec<u64>),
     /// Go on.
     GoOn,
+    /// Place this batch.
+    Place(Batch),
 }
 
 /// What the process that restores has to attend to.
@@ -60,14 +65,19 @@ pub enum Answer {
 pub enum Need {
     /// The stream can be read, or is at its end.
     Stream,
-    /// The worker on this link asks.
+    /// The worker on this link, or with this number, asks.
     Ask(u8, Ask),
-    /// The worker on this link is no more: why.
+    /// The worker on this link, or with this number, is no more: why.
     Ended(u8, String),
 }
 
 /// The workers, as the process that restores sees them. Dropping it ends them all.
 pub trait Links {
+    /// Workers that read the stream, which is a file, by themselves ([`crate::target::file`]), with
+    /// numbers from 0 on. If there are any, no link is opened.
+    fn readers(&self) -> u8 {
+        0
+    }
     /// Starts to open what is offered, each with a worker of its own. What cannot be opened is no
     /// error.
     fn open(&mut self, offer: &Offer);
@@ -118,7 +128,7 @@ where
     let mut worker = Worker {
         placer: Placer::new(domain),
         reader: Reader::new(input),
-        memory: Asked { owner, frames: Vec::new() },
+        memory: Asked::new(owner),
         let_in: false,
         records: 0,
     };
@@ -127,11 +137,7 @@ where
             Ok(true) => {}
             Ok(false) => return Ok(()),
             Err(error @ (Error::Stream { .. } | Error::Worker { .. })) => return Err(error),
-            Err(error) => {
-                // If it cannot be told, there is nobody who could act on it.
-                let _ = worker.memory.owner.ask(&Ask::Failed(error.chain()));
-                return Err(error);
-            }
+            Err(error) => return Err(worker.memory.give_up(error)),
         }
     }
 }
@@ -191,14 +197,32 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
 }
 
 /// Memory that another process knows.
-struct Asked<'a, O> {
+pub(super) struct Asked<'a, O> {
     owner: &'a mut O,
     /// The frame of each pfn with data of the last record, in order.
     frames: Vec<(Pfn, u64)>,
 }
 
-impl<O: Owner> Asked<'_, O> {
-    fn ask(&mut self, ask: &Ask) -> Result<Answer> {
+impl<'a, O: Owner> Asked<'a, O> {
+    pub(super) fn new(owner: &'a mut O) -> Self {
+        Asked { owner, frames: Vec::new() }
+    }
+
+    /// Tells the owner that `error` ends the worker's work.
+    pub(super) fn give_up(&mut self, error: Error) -> Error {
+        // If it cannot be told, there is nobody who could act on it.
+        let _ = self.owner.ask(&Ask::Failed(error.chain()));
+        error
+    }
+
+    /// Takes note of frames that the owner has told without a question.
+    pub(super) fn note(&mut self, frames: Vec<(Pfn, u64)>) {
+        self.frames = frames;
+        // Stable: where a pfn comes twice, its frame is the same.
+        self.frames.sort_by_key(|(pfn, _)| *pfn);
+    }
+
+    pub(super) fn ask(&mut self, ask: &Ask) -> Result<Answer> {
         let what = "asking the process that restores";
         self.owner.ask(ask).map_err(|source| Error::Worker { what, source })
     }
@@ -216,15 +240,14 @@ impl<O: Owner> Asked<'_, O> {
 
 impl<O: Owner> Memory for Asked<'_, O> {
     fn prepare(&mut self, entries: &[PageEntry]) -> Result<()> {
-        self.frames.clear();
+        let mut all = Vec::new();
         for entries in entries.chunks(BATCH_PAGES_MAX) {
             let data = entries.iter().filter(|entry| entry.kind.has_data());
             let pfns: Vec<Pfn> = data.map(|entry| entry.pfn).collect();
             let frames = self.frames_of(&Ask::Prepare(entries.to_vec()), &pfns)?;
-            self.frames.extend(frames);
+            all.extend(frames);
         }
-        // Stable: where a pfn comes twice, its frame is the same.
-        self.frames.sort_by_key(|(pfn, _)| *pfn);
+        self.note(all);
         Ok(())
     }
 
@@ -253,6 +276,6 @@ fn lookup(frames: &[(Pfn, u64)], pfn: Pfn) -> Result<u64> {
     frame.ok_or_else(|| bug("a frame that nobody asked for"))
 }
 
-fn bug(event: &'static str) -> Error {
-    Error::Machine { state: "placing pages of a link", event }
+pub(super) fn bug(event: &'static str) -> Error {
+    Error::Machine { state: "placing pages of a link or a file", event }
 }

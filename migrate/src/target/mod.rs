@@ -4,7 +4,8 @@
 //! records that it allows and applies them, against the traits of [`crate::hypervisor`]; `pages`
 //! places page data; `memory` and `p2m` know which pfns have memory; `pv` and `hvm` know the
 //! guests, behind the trait `guest::Guest`. [`links`] are the connections beside the stream: what a
-//! worker on one of them does, and, in `crew` and `passes`, how all stay in step.
+//! worker on one of them does, and, in `crew` and `passes`, how all stay in step. [`file`] is how
+//! workers share a stream that is a file.
 //!
 //! Not here: making the domain, the libxl stream around this one, devices, and unpausing. A
 //! restore that fails leaves a half-built domain, which is libxl's to destroy.
@@ -14,6 +15,7 @@
 
 mod crew;
 mod driver;
+pub mod file;
 mod guest;
 mod hvm;
 pub mod links;

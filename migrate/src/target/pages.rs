@@ -13,6 +13,7 @@ use crate::hypervisor::{
 use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RecordKind, page_data_count, page_data_entries};
 use crate::target::driver::Reader;
+use crate::target::file::Batch;
 use crate::target::guest::Memory;
 
 /// Most entries in a record. One that is full of pages has fewer than 2^15, by the limit that
@@ -99,7 +100,7 @@ impl<'a, D: TargetDomain> Placer<'a, D> {
     }
 
     /// Reads the pages of `batch`, whose pfns differ, into the guest.
-    fn place<I, M>(
+    pub(super) fn place<I, M>(
         &mut self,
         reader: &mut Reader<'_, I, D::Pages>,
         memory: &mut M,
@@ -201,6 +202,29 @@ where
     memory.prepare(&entries)?;
     entries.retain(|entry| entry.kind.has_data());
     Ok(entries)
+}
+
+/// Reads the entries of a page-data record of a file, `length` bytes, prepares the guest for them,
+/// and passes over the pages, for others to read.
+pub(super) fn batches_in_file<I, P, M>(
+    reader: &mut Reader<'_, I, P>,
+    memory: &mut M,
+    length: usize,
+) -> Result<Vec<Batch>>
+where
+    I: StreamIn<P>,
+    P: ForeignPages,
+    M: Memory,
+{
+    let data = with_data(reader, memory, length)?;
+    let mut offset = reader.pass_over((PAGE_SIZE * data.len()) as u64, PAGES)?;
+    let mut found = Vec::new();
+    for entries in batches(&data) {
+        let frames = memory.frames(entries.iter().map(|entry| entry.pfn))?;
+        found.push(Batch { offset, entries: entries.to_vec(), frames });
+        offset += (PAGE_SIZE * entries.len()) as u64;
+    }
+    Ok(found)
 }
 
 /// A pfn may come again in a record, and its last occurrence counts: such are kept apart, for

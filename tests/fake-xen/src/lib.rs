@@ -44,7 +44,7 @@ pub use bench::{Bench, Figure};
 pub use growth::{Growth, clean_pass, grow};
 pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};
-pub use migration::{Activity, GuestKind, Migration, Moved, Rig, Size};
+pub use migration::{Activity, Filed, GuestKind, Migration, Moved, Rig, Size};
 pub use planted::Planted;
 pub use stream::without_optional;
 pub use trouble::{Outcome, Weathered};

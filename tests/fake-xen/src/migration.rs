@@ -1,7 +1,8 @@
 //! One migration between two machines: a guest of some kind and habits is saved by one helper,
 //! restored by another, and compared with what it was.
 
-use std::io::{Read, Write};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -115,6 +116,15 @@ pub struct Moved {
     pub given_up: u32,
 }
 
+/// What became of a guest that was saved to a file.
+#[derive(Debug)]
+pub enum Filed {
+    /// In what the copy differs from the guest as it was suspended.
+    Restored(Vec<String>),
+    /// The helper did not restore it: what it says.
+    Failed(String),
+}
+
 /// What a run needs: programs.
 #[derive(Clone, Debug)]
 pub struct Rig {
@@ -211,6 +221,35 @@ impl Rig {
             let differences = compared(migration, &source, &target, &restored)?;
             return Ok(Moved { stream, differences, given_up: source.calm });
         }
+    }
+
+    /// Saves to a file, alone, and restores from it as `migration` says.
+    ///
+    /// # Errors
+    /// As [`Rig::migrate`], but for saving by stock: a guest that acts may lose it the save. The
+    /// file is not read to its end, or something is left behind.
+    pub fn through_file(&self, migration: &Migration) -> Result<Filed> {
+        let source = migration.source()?;
+        let mut file = tempfile::tempfile().context("Cannot make a file")?;
+        let alone = Migration { ways: Ways::Alone, ..*migration };
+        let saved = self.save(&alone, &source, same_file(&file)?)?;
+        ensure!(saved.succeeded(), "saving by {}: {}", migration.from, saved.describe());
+        source.check_left_behind()?;
+        // What libxl has behind the helper's part.
+        let end = file.stream_position().context("Cannot ask for the place in the file")?;
+        file.write_all(b"libxl reads on here").context("Cannot write to the file")?;
+        file.rewind().context("Cannot go to the start of the file")?;
+
+        let target = migration.target(&source.domain)?;
+        let helper = self.helper_for(migration, migration.to, &target);
+        let restored = helper.restore(same_file(&file)?, &WIRING)?;
+        target.check_left_behind()?;
+        if !restored.succeeded() {
+            return Ok(Filed::Failed(restored.describe()));
+        }
+        let position = file.stream_position().context("Cannot ask for the place in the file")?;
+        ensure!(position == end, "the file is read to {position}, and its part ends at {end}");
+        compared(migration, &source, &target, &restored).map(Filed::Restored)
     }
 
     /// The two ends at the same time.
@@ -330,6 +369,11 @@ fn is_stocks_race(migration: &Migration, saved: &Ended) -> bool {
     migration.from == Program::Stock
         && migration.activity != Activity::Stopped
         && saved.errors.first().is_some_and(lost)
+}
+
+/// Another descriptor of an open file, which shares its place in it.
+fn same_file(file: &File) -> Result<OwnedFd> {
+    Ok(file.try_clone().context("Cannot duplicate a descriptor")?.into())
 }
 
 /// Carries all that comes to the other side, if there is one, and keeps a copy.

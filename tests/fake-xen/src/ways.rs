@@ -24,6 +24,8 @@ pub enum Ways {
     Workers(u8),
     /// So many threads do.
     Threads(u8),
+    /// So many processes share the stream, one of which is killed meanwhile.
+    WorkerKilled(u8),
     /// Over so many links, by processes.
     Links(u8),
     /// The same, encrypted.
@@ -38,6 +40,7 @@ impl std::fmt::Display for Ways {
             Ways::Alone => f.write_str("one process"),
             Ways::Workers(count) => write!(f, "{count} workers"),
             Ways::Threads(count) => write!(f, "{count} threads"),
+            Ways::WorkerKilled(count) => write!(f, "{count} workers, one of them killed"),
             Ways::Links(count) => write!(f, "{count} links"),
             Ways::Sealed(count) => write!(f, "{count} encrypted links"),
             Ways::Killed(count, kills) => write!(f, "{count} links, {kills} workers killed"),
@@ -49,7 +52,7 @@ impl Ways {
     /// Tells the helper that `command` starts.
     pub(crate) fn tell(self, command: &mut Command) {
         let workers = match self {
-            Ways::Workers(count) => count.to_string(),
+            Ways::Workers(count) | Ways::WorkerKilled(count) => count.to_string(),
             Ways::Threads(count) => format!("{count}:thread"),
             Ways::Alone | Ways::Links(_) | Ways::Sealed(_) | Ways::Killed(..) => "1".to_owned(),
         };
@@ -70,6 +73,7 @@ impl Ways {
     /// Kills workers of the helper with this pid, if some are to be killed.
     pub(crate) fn kill_workers(self, helper: u32, seed: u64) -> Option<Killer> {
         match self {
+            Ways::WorkerKilled(_) => Some(Killer::start(helper, 1, seed)),
             Ways::Killed(_, kills) => Some(Killer::start(helper, kills, seed)),
             _ => None,
         }

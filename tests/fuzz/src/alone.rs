@@ -57,7 +57,7 @@ impl Owner for &Lonely<'_> {
         let wanted = match ask {
             Ask::Prepare(entries) => Some(entries.iter().filter(|e| e.kind.has_data()).count()),
             Ask::Resolve(pfns) => Some(pfns.len()),
-            Ask::Pass(_) | Ask::Failed(_) => None,
+            Ask::Pass(_) | Ask::Batch | Ask::Failed(_) => None,
         };
         let answer = self.input.borrow_mut().take(|input| match input.u8() % 8 {
             6 => Some(Answer::GoOn),
@@ -70,7 +70,7 @@ impl Owner for &Lonely<'_> {
         let answer = answer.ok_or(io::ErrorKind::BrokenPipe)?;
         let given = match &answer {
             Answer::Frames(frames) => Some(frames.len()),
-            Answer::GoOn => None,
+            Answer::GoOn | Answer::Place(_) => None,
         };
         // What it was let into it does not look at.
         if wanted.is_some() && given != wanted {

@@ -15,6 +15,7 @@ use rxl_migrate::stream::link::{
     check_hello, fingerprint, hello, is_same, link_lost_record, parse_link_lost, parse_pass,
     parse_pass_end, pass_end_record, pass_record,
 };
+use rxl_migrate::target::file::Batch;
 use rxl_migrate::target::links::{self, Answer, Ask};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -206,11 +207,12 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         let reply = Reply { done, sent: 7, confirmed: 5, counters };
         seeds.push(json(1, serde_json::to_vec(&reply)));
     }
-    for ask in [Ask::Prepare(entries), Ask::Resolve(pfns), Ask::Pass(1), Ask::Failed("why".into())]
-    {
+    let batch = Batch { offset: 7, entries: entries.clone(), frames: vec![1, 2] };
+    let failed = Ask::Failed("why".into());
+    for ask in [Ask::Prepare(entries), Ask::Resolve(pfns), Ask::Pass(1), Ask::Batch, failed] {
         seeds.push(json(2, serde_json::to_vec(&ask)));
     }
-    for answer in [Answer::Frames(vec![1, 2, u64::MAX - 1]), Answer::GoOn] {
+    for answer in [Answer::Frames(vec![1, 2, u64::MAX - 1]), Answer::GoOn, Answer::Place(batch)] {
         seeds.push(json(3, serde_json::to_vec(&answer)));
     }
     // Lists that are too long, and runs that cannot be.

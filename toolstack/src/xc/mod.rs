@@ -45,7 +45,7 @@ pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink};
 pub use sealed::{SealedIn, SealedOut};
 #[cfg(test)]
 pub(crate) use stream::PIPE_BYTES;
-pub use stream::{FdIn, FdOut, Patience};
+pub use stream::{FdIn, FdOut, FileAt, Patience};
 
 /// `op` failed because of `source`.
 fn hv(op: &'static str, source: impl Into<io::Error>) -> HvError {

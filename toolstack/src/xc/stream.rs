@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{SeekFrom, fstat, seek, tell};
 use rustix::io::Errno;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size};
 use rxl_migrate::frame::PAGE_SIZE;
@@ -40,6 +41,33 @@ pub struct FdOut<F, W = Patience> {
 pub struct FdIn<F, W = Patience> {
     pub(super) fd: F,
     pub(super) waiting: W,
+}
+
+/// A file that is read from any place. Where its descriptor is, which others may share, does not
+/// matter and does not change.
+#[derive(Debug)]
+pub struct FileAt<F> {
+    file: F,
+    offset: u64,
+}
+
+impl<F: AsFd> FileAt<F> {
+    /// Reads from the start of `file`.
+    pub fn new(file: F) -> FileAt<F> {
+        FileAt { file, offset: 0 }
+    }
+
+    /// Fills `pieces`, which are as [`transfer`] wants them, and goes on behind them.
+    ///
+    /// # Safety
+    /// As [`transfer`].
+    unsafe fn fill(&mut self, pieces: Pieces) -> io::Result<()> {
+        let (from, length) = (Direction::ReadAt(self.offset), pieces.bytes());
+        // SAFETY: the caller's duty.
+        unsafe { transfer(self.file.as_fd(), from, pieces, &mut Patience) }?;
+        self.offset = self.offset.saturating_add(length);
+        Ok(())
+    }
 }
 
 impl<F: AsFd> FdOut<F> {
@@ -126,17 +154,49 @@ impl<F: AsFd, W: Wait> StreamIn<Mapping> for FdIn<F, W> {
     }
 
     fn read_pages(&mut self, pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
-        let mut all = Pieces::default();
-        for slot in slots.iter_mut() {
-            let start = match slot {
-                PageSlot::Mapped(index) => pages.address(*index)?.as_ptr(),
-                PageSlot::Copied(page) => page.0.as_mut_ptr(),
-            };
-            all.push(start, PAGE_SIZE);
-        }
+        let all = Pieces::of_slots(pages, slots)?;
         // SAFETY: the copies are borrowed exclusively until the end of the call, the mapping is
         // borrowed as well, and no reference to its memory exists.
         unsafe { transfer(self.fd.as_fd(), Direction::Read, all, &mut self.waiting) }
+    }
+
+    fn position(&mut self) -> io::Result<u64> {
+        Ok(tell(&self.fd)?)
+    }
+
+    fn go_to(&mut self, offset: u64) -> io::Result<()> {
+        let size = fstat(&self.fd)?.st_size;
+        if u64::try_from(size).is_ok_and(|size| size < offset) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        seek(&self.fd, SeekFrom::Start(offset))?;
+        Ok(())
+    }
+}
+
+impl<F: AsFd> StreamIn<Mapping> for FileAt<F> {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        let mut pieces = Pieces::default();
+        pieces.push(buf.as_mut_ptr(), buf.len());
+        // SAFETY: `buf` is borrowed exclusively until the end of the call.
+        unsafe { self.fill(pieces) }
+    }
+
+    fn read_pages(&mut self, pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        let all = Pieces::of_slots(pages, slots)?;
+        // SAFETY: as for a stream: the copies are borrowed exclusively until the end of the call,
+        // the mapping is borrowed as well, and no reference to its memory exists.
+        unsafe { self.fill(all) }
+    }
+
+    fn position(&mut self) -> io::Result<u64> {
+        Ok(self.offset)
+    }
+
+    /// A place behind the end of the file shows when something is read there.
+    fn go_to(&mut self, offset: u64) -> io::Result<()> {
+        self.offset = offset;
+        Ok(())
     }
 }
 
@@ -145,6 +205,23 @@ impl<F: AsFd, W: Wait> StreamIn<Mapping> for FdIn<F, W> {
 struct Pieces(Vec<libc::iovec>);
 
 impl Pieces {
+    /// Where the pages of `slots` belong, some of them in `pages`.
+    fn of_slots(pages: &Mapping, slots: &mut [PageSlot<'_>]) -> io::Result<Pieces> {
+        let mut all = Pieces::default();
+        for slot in slots {
+            let start = match slot {
+                PageSlot::Mapped(index) => pages.address(*index)?.as_ptr(),
+                PageSlot::Copied(page) => page.0.as_mut_ptr(),
+            };
+            all.push(start, PAGE_SIZE);
+        }
+        Ok(all)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.iter().map(|piece| piece.iov_len as u64).sum()
+    }
+
     fn push(&mut self, start: *mut u8, length: usize) {
         if length == 0 {
             return;
@@ -162,6 +239,8 @@ impl Pieces {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Read,
+    /// From this offset of a file.
+    ReadAt(u64),
     Write,
 }
 
@@ -169,8 +248,16 @@ impl Direction {
     /// What to wait for.
     pub(super) fn readiness(self) -> PollFlags {
         match self {
-            Direction::Read => PollFlags::IN,
+            Direction::Read | Direction::ReadAt(_) => PollFlags::IN,
             Direction::Write => PollFlags::OUT,
+        }
+    }
+
+    /// After `moved` bytes.
+    fn after(self, moved: usize) -> Direction {
+        match self {
+            Direction::ReadAt(offset) => Direction::ReadAt(offset.saturating_add(moved as u64)),
+            other => other,
         }
     }
 }
@@ -178,11 +265,12 @@ impl Direction {
 /// Moves all of `pieces`.
 ///
 /// # Safety
-/// Each piece is memory that may be read, or written for [`Direction::Read`], until this returns;
-/// no reference to what is written exists but the caller's own, which it does not use meanwhile.
+/// Each piece is memory that may be read, or written if something is read into it, until this
+/// returns; no reference to what is written exists but the caller's own, which it does not use
+/// meanwhile.
 unsafe fn transfer(
     fd: BorrowedFd<'_>,
-    to: Direction,
+    mut to: Direction,
     mut pieces: Pieces,
     waiting: &mut impl Wait,
 ) -> io::Result<()> {
@@ -191,9 +279,12 @@ unsafe fn transfer(
         let now = rest.get(..PIECES_MAX).unwrap_or(rest);
         // SAFETY: the caller's duty.
         match unsafe { transfer_some(fd, to, now) } {
-            Ok(0) if to == Direction::Read => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(moved) => rest = advance(rest, moved),
+            Ok(0) if to == Direction::Write => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(moved) => {
+                rest = advance(rest, moved);
+                to = to.after(moved);
+            }
             // Whatever the error: with the descriptor taken away it would be an odd one.
             Err(_) if abort::requested() => return Err(Errno::CANCELED.into()),
             Err(Errno::INTR) => {}
@@ -218,6 +309,11 @@ unsafe fn transfer_some(
     let moved = match to {
         // SAFETY: `count` pieces, each memory that may be written: the caller's duty.
         Direction::Read => unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), count) },
+        Direction::ReadAt(offset) => {
+            let offset = libc::off_t::try_from(offset).map_err(|_| Errno::INVAL)?;
+            // SAFETY: as above.
+            unsafe { libc::preadv(fd.as_raw_fd(), pieces.as_ptr(), count, offset) }
+        }
         // SAFETY: `count` pieces, each memory that may be read: the caller's duty.
         Direction::Write => unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), count) },
     };
@@ -361,6 +457,50 @@ mod tests {
         StreamIn::<Mapping>::read_exact(&mut input, &mut rest).unwrap();
         assert_eq!(&rest, b"rest");
         sender.join().unwrap();
+    }
+
+    /// Pages that are full of the bytes 0 to `count - 1`, and a few bytes more, in a file.
+    fn file_of_pages(count: u8) -> std::fs::File {
+        use std::io::Write;
+
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let mut file = std::fs::File::from(rustix::fs::memfd_create("stream", flags).unwrap());
+        (0..count).for_each(|byte| file.write_all(&page(byte).0).unwrap());
+        file.write_all(b"rest").unwrap();
+        file
+    }
+
+    #[test]
+    fn a_file_is_read_from_any_place_and_the_descriptors_own_stays() {
+        let file = file_of_pages(3);
+        let mut input = FdIn::new(&file);
+        StreamIn::<Mapping>::go_to(&mut input, 4096).unwrap();
+        let mapping = numbered(5);
+        let (mut at, mut copy) = (FileAt::new(&file), page(9));
+        StreamIn::<Mapping>::go_to(&mut at, 4096).unwrap();
+        let mut slots = [PageSlot::Mapped(4), PageSlot::Copied(&mut copy)];
+        at.read_pages(&mapping, &mut slots).unwrap();
+        let mut got = page(0);
+        mapping.read_page(4, &mut got);
+        assert_eq!((got.0[4095], copy.0[0]), (1, 2));
+        let mut rest = [0; 4];
+        StreamIn::<Mapping>::read_exact(&mut at, &mut rest).unwrap();
+        assert_eq!(&rest, b"rest");
+        assert_eq!(StreamIn::<Mapping>::position(&mut at).unwrap(), 3 * 4096 + 4);
+        let end = StreamIn::<Mapping>::read_exact(&mut at, &mut rest).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(StreamIn::<Mapping>::position(&mut input).unwrap(), 4096);
+    }
+
+    #[test]
+    fn one_can_go_to_the_end_of_a_file_but_no_further() {
+        let file = file_of_pages(1);
+        let mut input = FdIn::new(&file);
+        StreamIn::<Mapping>::go_to(&mut input, 4100).unwrap();
+        let error = StreamIn::<Mapping>::go_to(&mut input, 4101).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert!(StreamIn::<Mapping>::position(&mut FdIn::new(ours)).is_err());
     }
 
     #[test]
