@@ -20,6 +20,7 @@ use rxl_migrate::hypervisor::Domain;
 use crate::helper::{Ended, Helper, Libxl, Program, Programs};
 use crate::machine::{Machine, MachineSpec};
 use crate::migration::GuestKind;
+use crate::ways::Ways;
 
 /// Frames of a machine beyond those of its guest.
 const SPARE_FRAMES: u64 = 8192;
@@ -47,6 +48,8 @@ pub struct Bench {
     pub pairs: u32,
     /// What the names of the wanted figures begin with.
     pub only: String,
+    /// How rxl's helper moves memory.
+    pub ways: Ways,
 }
 
 /// What the memory of a guest holds.
@@ -148,7 +151,8 @@ impl Bench {
             preload: beside("librxl_fake_xen_preload.so"),
         };
         let plain_copy = beside("rxl-plain-copy");
-        Ok(Bench { programs, plain_copy, mib: 4096, pairs: 5, only: String::new() })
+        let (only, ways) = (String::new(), Ways::Alone);
+        Ok(Bench { programs, plain_copy, mib: 4096, pairs: 5, only, ways })
     }
 
     /// Measures everything; `show` gets each figure as it is there.
@@ -279,7 +283,8 @@ impl Bench {
 
     pub(crate) fn helper<'a>(&'a self, program: Program, side: &'a Side) -> Helper<'a> {
         let Side { machine, domain } = side;
-        Helper { programs: &self.programs, program, machine, domain, libxl: Libxl::default() }
+        let libxl = Libxl { ways: self.ways, ..Libxl::default() };
+        Helper { programs: &self.programs, program, machine, domain, libxl }
     }
 
     /// Saves live into a pipe that is read and forgotten. Then the guest runs on.

@@ -3,10 +3,10 @@
 #![allow(clippy::print_stdout, reason = "this is the output of the benchmark")]
 
 use anyhow::{Context, Result, bail};
-use rxl_fake_xen::Bench;
+use rxl_fake_xen::{Bench, Ways};
 
-const USAGE: &str =
-    "usage: tests/bench engine [--json] [--mib N (4096)] [--pairs N (5)] [--only FIGURE]";
+const USAGE: &str = "usage: tests/bench engine [--json] [--mib N (4096)] [--pairs N (5)] \
+                     [--only FIGURE] [--workers N (1)]";
 
 fn main() -> Result<()> {
     let (mut json, mut bench) = (false, Bench::here()?);
@@ -17,6 +17,10 @@ fn main() -> Result<()> {
             "--json" => json = true,
             "--mib" => bench.mib = number().context(USAGE)?.into(),
             "--pairs" => bench.pairs = number().context(USAGE)?,
+            "--workers" => {
+                let count = number().and_then(|count| u8::try_from(count).ok());
+                bench.ways = Ways::Workers(count.context(USAGE)?);
+            }
             "--only" => bench.only = args.next().context(USAGE)?,
             _ => bail!(USAGE),
         }
