@@ -291,6 +291,13 @@ impl Pool {
     }
 }
 
+/// All end at once: what they have mapped is removed then, which takes each of them a while.
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.workers.values_mut().for_each(Worker::end);
+    }
+}
+
 impl Workers for Pool {
     fn offer(&self) -> Option<Offer> {
         self.doorman.as_ref().map(|doorman| doorman.offer().clone())

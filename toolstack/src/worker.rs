@@ -70,6 +70,20 @@ impl Worker {
         self.socket.as_fd()
     }
 
+    /// Lets it end. Dropping it waits for that, too.
+    pub(crate) fn end(&mut self) {
+        match &mut self.kind {
+            Kind::Process(child) => {
+                // It may have ended.
+                let _ = child.kill();
+            }
+            Kind::Thread { .. } => {
+                // One that waits for nothing notices where it looks for the next message.
+                let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
+            }
+        }
+    }
+
     /// How it ended, once its socket has.
     pub(crate) fn why_ended(&mut self) -> String {
         match &mut self.kind {
@@ -84,15 +98,12 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
+        self.end();
         match &mut self.kind {
             Kind::Process(child) => {
-                // One that has ended is waited for all the same.
-                let _ = child.kill();
                 let _ = child.wait();
             }
             Kind::Thread { thread, stop } => {
-                // One that waits for nothing notices where it looks for the next message.
-                let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
                 if let Some(thread) = thread.take() {
                     stop.end(thread);
                 }
