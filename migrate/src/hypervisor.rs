@@ -81,9 +81,9 @@ pub trait ForeignPages {
 
 /// One page to send: where its bytes come from.
 #[derive(Debug)]
-pub enum PagePiece<'a> {
-    /// Page `index` of the mapping, sent as it is at that moment.
-    Mapped(usize),
+pub enum PagePiece<'a, P> {
+    /// A page of a mapping, by its index, sent as it is at that moment.
+    Mapped(&'a P, usize),
     /// A private copy (a normalised page table).
     Copied(&'a PageBuf),
 }
@@ -108,7 +108,7 @@ pub trait StreamOut<P: ForeignPages> {
     ///
     /// # Errors
     /// As [`StreamOut::write_all`].
-    fn write_pages(&mut self, head: &[u8], pages: &P, pieces: &[PagePiece<'_>]) -> io::Result<()>;
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, P>]) -> io::Result<()>;
 }
 
 /// The incoming stream. It never takes more bytes from the descriptor than it was asked for:

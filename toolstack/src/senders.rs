@@ -106,8 +106,8 @@ impl<P: ForeignPages, O: StreamOut<P>> StreamOut<P> for SharedOut<O> {
         self.in_turn(|out| out.write_all(bytes))
     }
 
-    fn write_pages(&mut self, head: &[u8], pages: &P, pieces: &[PagePiece<'_>]) -> io::Result<()> {
-        self.in_turn(|out| out.write_pages(head, pages, pieces))
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, P>]) -> io::Result<()> {
+        self.in_turn(|out| out.write_pages(head, pieces))
     }
 }
 

@@ -31,15 +31,14 @@ impl Wire {
 /// Those of `put`.
 pub fn put_pages(
     head: &[u8],
-    pages: &FakePages,
-    pieces: &[PagePiece<'_>],
+    pieces: &[PagePiece<'_, FakePages>],
     mut put: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     put(head)?;
     let mut page = PageBuf::zeroed();
     for piece in pieces {
         match piece {
-            PagePiece::Mapped(index) => {
+            PagePiece::Mapped(pages, index) => {
                 pages.read_page(*index, &mut page);
                 put(&page.0)?;
             }
@@ -83,13 +82,8 @@ impl StreamOut<FakePages> for Wire {
         }
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        put_pages(head, pages, pieces, |bytes| self.write_all(bytes))
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        put_pages(head, pieces, |bytes| self.write_all(bytes))
     }
 }
 

@@ -229,15 +229,15 @@ where
             return Ok(());
         }
         let head = libxc::page_data_head(&entries)?;
-        let pieces: Vec<PagePiece<'_>> = sources
+        let pieces: Vec<PagePiece<'_, D::Pages>> = sources
             .iter()
             .map(|&(index, copy)| match copy.and_then(|c| self.tables.get(c)) {
                 Some(table) => PagePiece::Copied(table),
-                None => PagePiece::Mapped(index),
+                None => PagePiece::Mapped(mapping, index),
             })
             .collect();
         self.out
-            .write_pages(&head, mapping, &pieces)
+            .write_pages(&head, &pieces)
             .map_err(|source| Error::Stream { what: "writing page data", source })?;
         outcome.bytes += (head.len() + pieces.len() * PAGE_SIZE) as u64;
         outcome.records += 1;

@@ -119,13 +119,8 @@ impl StreamOut<FakePages> for Pipe {
         self.write(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        put_pages(head, pages, pieces, |bytes| self.write(bytes))
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        put_pages(head, pieces, |bytes| self.write(bytes))
     }
 }
 
@@ -157,13 +152,8 @@ impl StreamOut<FakePages> for Link {
         self.data.write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        self.data.write_pages(head, pages, pieces)
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        self.data.write_pages(head, pieces)
     }
 }
 
@@ -212,13 +202,8 @@ impl<O: StreamOut<FakePages>> StreamOut<FakePages> for Shared<O> {
         self.0.lock().unwrap().write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        self.0.lock().unwrap().write_pages(head, pages, pieces)
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        self.0.lock().unwrap().write_pages(head, pieces)
     }
 }
 

@@ -50,13 +50,8 @@ impl StreamOut<FakePages> for Out {
         self.0.borrow_mut().write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        self.0.borrow_mut().write_pages(head, pages, pieces)
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        self.0.borrow_mut().write_pages(head, pieces)
     }
 }
 
@@ -86,13 +81,8 @@ impl StreamOut<FakePages> for Link {
         self.out.write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        self.out.write_pages(head, pages, pieces)
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        self.out.write_pages(head, pieces)
     }
 }
 

@@ -178,17 +178,12 @@ impl StreamOut<FakePages> for Out<'_, '_> {
         self.in_turn(|out| out.put(bytes))
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
         let Some(reorder) = &mut self.reorder else {
-            return self.in_turn(|out| put_pages(head, pages, pieces, |bytes| out.put(bytes)));
+            return self.in_turn(|out| put_pages(head, pieces, |bytes| out.put(bytes)));
         };
         let mut record = Vec::new();
-        put_pages(head, pages, pieces, |bytes| {
+        put_pages(head, pieces, |bytes| {
             record.extend_from_slice(bytes);
             Ok(())
         })?;

@@ -141,14 +141,9 @@ impl StreamOut<FakePages> for SendingLink<'_, '_> {
         self.put(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
         self.note_sent(head);
-        put_pages(head, pages, pieces, |bytes| self.put(bytes))
+        put_pages(head, pieces, |bytes| self.put(bytes))
     }
 }
 

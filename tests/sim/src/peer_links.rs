@@ -180,13 +180,8 @@ impl StreamOut<FakePages> for Nowhere<'_> {
         self.0.write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &FakePages,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
-        self.0.write_pages(head, pages, pieces)
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
+        self.0.write_pages(head, pieces)
     }
 }
 

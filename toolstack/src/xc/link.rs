@@ -216,14 +216,9 @@ impl StreamOut<Mapping> for SendingLink {
         self.out.write_all(bytes)
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &Mapping,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, Mapping>]) -> io::Result<()> {
         self.out.waiting.note_sent(head);
-        self.out.write_pages(head, pages, pieces)
+        self.out.write_pages(head, pieces)
     }
 }
 

@@ -127,18 +127,13 @@ impl StreamOut<Mapping> for SealedOut {
         self.send_piece()
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &Mapping,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, Mapping>]) -> io::Result<()> {
         self.listening.note_sent(head);
         self.gather(head)?;
         let mut page = PageBuf::zeroed();
         for piece in pieces {
             match piece {
-                PagePiece::Mapped(index) => {
+                PagePiece::Mapped(pages, index) => {
                     // A page outside reads as zeros, which is not to be sent.
                     pages.address(*index)?;
                     pages.read_page(*index, &mut page);
@@ -323,9 +318,9 @@ mod tests {
         let pages = Mapping::plain(&[0], true);
         pages.write_page(0, &PageBuf([3; 4096]));
         let copy = PageBuf([9; 4096]);
-        link.write_pages(&[], &pages, &[PagePiece::Mapped(0), PagePiece::Copied(&copy)]).unwrap();
+        link.write_pages(&[], &[PagePiece::Mapped(&pages, 0), PagePiece::Copied(&copy)]).unwrap();
         link.wait_confirmed(2).unwrap();
-        assert!(link.write_pages(&[], &pages, &[PagePiece::Mapped(1)]).is_err());
+        assert!(link.write_pages(&[], &[PagePiece::Mapped(&pages, 1)]).is_err());
         drop(link);
         assert_eq!(receiver.join().unwrap(), (true, 0x0303_0303_0303_0303, 9));
     }

@@ -124,22 +124,17 @@ impl<F: AsFd, W: Wait> StreamOut<Mapping> for FdOut<F, W> {
         unsafe { transfer(self.fd.as_fd(), Direction::Write, pieces, &mut self.waiting) }
     }
 
-    fn write_pages(
-        &mut self,
-        head: &[u8],
-        pages: &Mapping,
-        pieces: &[PagePiece<'_>],
-    ) -> io::Result<()> {
+    fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, Mapping>]) -> io::Result<()> {
         let mut all = Pieces::default();
         all.push(head.as_ptr().cast_mut(), head.len());
         for piece in pieces {
             let start = match piece {
-                PagePiece::Mapped(index) => pages.address(*index)?.as_ptr(),
+                PagePiece::Mapped(pages, index) => pages.address(*index)?.as_ptr(),
                 PagePiece::Copied(page) => page.0.as_ptr().cast_mut(),
             };
             all.push(start, PAGE_SIZE);
         }
-        // SAFETY: `head`, the copies and the mapping are borrowed until the end of the call; they
+        // SAFETY: `head`, the copies and the mappings are borrowed until the end of the call; they
         // are only read.
         unsafe { transfer(self.fd.as_fd(), Direction::Write, all, &mut self.waiting) }
     }
@@ -382,9 +377,10 @@ mod tests {
         let mapping = numbered(3);
         let copy = page(0xcc);
         // Never two neighbours, so nothing is merged: 3001 pieces.
-        let one = [PagePiece::Mapped(2), PagePiece::Copied(&copy), PagePiece::Mapped(0)];
+        let mapped = |index| PagePiece::Mapped(&mapping, index);
+        let one = [mapped(2), PagePiece::Copied(&copy), mapped(0)];
         let pieces: Vec<_> = (0..1000).flat_map(|_| &one).map(reborrow).collect();
-        let got = written(|out| out.write_pages(b"head", &mapping, &pieces));
+        let got = written(|out| out.write_pages(b"head", &pieces));
         let (head, pages) = got.split_at(4);
         assert_eq!(head, b"head");
         assert_eq!(pages.len(), 3000 * PAGE_SIZE);
@@ -393,9 +389,9 @@ mod tests {
         }
     }
 
-    fn reborrow<'a>(piece: &PagePiece<'a>) -> PagePiece<'a> {
+    fn reborrow<'a>(piece: &PagePiece<'a, Mapping>) -> PagePiece<'a, Mapping> {
         match piece {
-            PagePiece::Mapped(index) => PagePiece::Mapped(*index),
+            PagePiece::Mapped(pages, index) => PagePiece::Mapped(pages, *index),
             PagePiece::Copied(page) => PagePiece::Copied(page),
         }
     }
@@ -417,8 +413,8 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mapping = numbered(1);
         let mut out = FdOut::new(&ours);
-        let pieces = [PagePiece::Mapped(0), PagePiece::Mapped(1)];
-        assert!(out.write_pages(b"head", &mapping, &pieces).is_err());
+        let pieces = [0, 1].map(|index| PagePiece::Mapped(&mapping, index));
+        assert!(out.write_pages(b"head", &pieces).is_err());
         theirs.set_nonblocking(true).unwrap();
         assert_eq!(rustix::io::read(&theirs, &mut [0; 1][..]), Err(Errno::AGAIN));
     }
@@ -428,9 +424,8 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let sender = thread::spawn(move || {
             let mut out = FdOut::new(theirs);
-            let none = numbered(1);
             for byte in 1..=5 {
-                out.write_pages(&[], &none, &[PagePiece::Copied(&page(byte))]).unwrap();
+                out.write_pages(&[], &[PagePiece::Copied(&page(byte))]).unwrap();
             }
             StreamOut::<Mapping>::write_all(&mut out, b"rest").unwrap();
         });
