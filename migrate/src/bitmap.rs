@@ -1,6 +1,8 @@
 //! A bitmap over a guest's pfns: one bit a page, in the layout of the log-dirty hypercall
 //! (`XEN_DOMCTL_shadow_op`: bit n of little-endian 64-bit words is pfn n).
 
+use std::ops::Range;
+
 use crate::frame::Pfn;
 
 /// What is looked at in one go, a line of the cache.
@@ -119,15 +121,31 @@ impl PageBitmap {
 
     /// The set pfns in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = Pfn> + '_ {
-        // Most words of a late pass are clear: they are left out before anything is done for them.
-        let words = self.words.iter().zip(0_u64..).filter(|(word, _)| **word != 0);
-        words.flat_map(|(&word, index)| {
-            std::iter::successors(Some(word), |w| {
-                let rest = w & (w - 1);
-                (rest != 0).then_some(rest)
+        self.iter_in(0..self.len)
+    }
+
+    /// The set pfns of `range`, in ascending order.
+    pub fn iter_in(&self, range: Range<u64>) -> impl Iterator<Item = Pfn> + use<'_> {
+        let first = range.start / 64;
+        let words = self.words_set(first..range.end.div_ceil(64));
+        words
+            .flat_map(move |(index, word)| {
+                let before = if index == first { (1 << (range.start % 64)) - 1 } else { 0 };
+                let some = |w: u64| (w != 0).then_some(w);
+                std::iter::successors(some(word & !before), move |w| some(w & (w - 1)))
+                    .map(move |w| Pfn(index * 64 + u64::from(w.trailing_zeros())))
             })
-            .map(move |w| Pfn(index * 64 + u64::from(w.trailing_zeros())))
-        })
+            .take_while(move |pfn| pfn.0 < range.end)
+    }
+
+    /// Those of the words `range` that are not clear, with their numbers: word n has the bits of
+    /// pfns `64 * n..64 * (n + 1)`.
+    pub fn words_set(&self, range: Range<u64>) -> impl Iterator<Item = (u64, u64)> + use<'_> {
+        let bound = |word: u64| usize::try_from(word).unwrap_or(usize::MAX).min(self.words.len());
+        let words = self.words.get(bound(range.start)..bound(range.end)).unwrap_or_default();
+        // Most words of a late pass are clear: they are left out before anything is done for them.
+        let words = words.iter().zip(range.start..).filter(|(word, _)| **word != 0);
+        words.map(|(word, index)| (index, *word))
     }
 
     fn clear_tail(&mut self) {
@@ -200,6 +218,7 @@ mod tests {
         fn it_behaves_like_a_set_of_numbers(
             len in 1_u64..300,
             ops in prop::collection::vec((0_u64..320, any::<bool>()), 0..200),
+            from in 0_u64..320, to in 0_u64..400,
         ) {
             let mut map = PageBitmap::new(len);
             let mut model = BTreeSet::new();
@@ -216,6 +235,9 @@ mod tests {
                             model.iter().copied().collect::<Vec<_>>());
             prop_assert_eq!(map.count(), model.len() as u64);
             prop_assert!((0..320).all(|p| map.get(Pfn(p)) == model.contains(&p)));
+            let part = map.iter_in(from..to).map(|p| p.0);
+            prop_assert!(part.eq(model.iter().copied().filter(|p| (from..to).contains(p))));
+            prop_assert!(map.words_set(0..9).all(|(_, word)| word != 0));
         }
 
         #[test]

@@ -16,7 +16,9 @@ pub struct Counters {
     pub mappings: u64,
     /// Pages that they had.
     pub mapped_pages: u64,
-    /// Time that making them took.
+    /// Pages that were sent from mappings that had been made for earlier batches.
+    pub kept_pages: u64,
+    /// Time that making mappings took.
     pub map_ns: u64,
     /// Time that removing them took.
     pub unmap_ns: u64,
@@ -34,6 +36,7 @@ impl AddAssign<&Counters> for Counters {
         for (sum, add) in [
             (&mut self.mappings, other.mappings),
             (&mut self.mapped_pages, other.mapped_pages),
+            (&mut self.kept_pages, other.kept_pages),
             (&mut self.map_ns, other.map_ns),
             (&mut self.unmap_ns, other.unmap_ns),
             (&mut self.stalled_ns, other.stalled_ns),

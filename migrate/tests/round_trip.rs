@@ -160,6 +160,23 @@ fn guests_that_once_did_not_arrive_as_they_were_do() {
     }
 }
 
+/// Pages that a live save of `source` sends from mappings that it has made before.
+fn kept_pages(source: &FakeDomain) -> u64 {
+    let mut toolstack = FakeToolstack::new(source);
+    save(source, &mut Wire::default(), &mut toolstack, &LIVE).unwrap();
+    let kept = toolstack.heard.iter().map(|heard| match heard {
+        Heard::Event(Event::Counted { counters, .. }) => counters.kept_pages,
+        _ => 0,
+    });
+    kept.sum()
+}
+
+#[test]
+fn what_a_pv_guest_writes_again_is_sent_from_where_it_is_mapped_and_of_others_mapped_anew() {
+    assert!(kept_pages(&running(false, 12)) > 100);
+    assert_eq!(kept_pages(&running(true, 12)), 0);
+}
+
 /// Saves `source` live, which is to fail; it is to be left as a failure may leave it.
 fn failed_save(
     source: &FakeDomain,

@@ -283,12 +283,13 @@ impl Report {
                  waited for {stalled_ms:.0} ms{lost}"
             )
         };
-        let Counters { hypercalls, mappings, mapped_pages, map_ns, unmap_ns, .. } = &self.counters;
+        let Counters { hypercalls, mappings, mapped_pages, kept_pages, .. } = &self.counters;
+        let Counters { map_ns, unmap_ns, .. } = &self.counters;
         let (map, unmap) = (as_f64(*map_ns) / 1e6, as_f64(*unmap_ns) / 1e6);
         let calls: Vec<String> = hypercalls.iter().map(|(op, n)| format!("{op} {n}")).collect();
         let mapped = format!(
             "rxl: {mapped_pages} pages in {mappings} mappings, {map:.0} ms to map and \
-             {unmap:.0} ms to unmap them"
+             {unmap:.0} ms to unmap them, {kept_pages} pages sent from those of earlier batches"
         );
         let calls = format!("rxl: hypercalls: {}", calls.join(", "));
         self.links.iter().map(link).chain([mapped, calls]).collect()
@@ -461,7 +462,12 @@ mod tests {
             link,
             bytes: 3 << 20,
             batches: 2,
-            counters: Counters { mappings, stalled_ns: 5 * MS, ..Counters::default() },
+            counters: Counters {
+                mappings,
+                kept_pages: 4,
+                stalled_ns: 5 * MS,
+                ..Counters::default()
+            },
         };
         let why = "nothing was heard of the receiver".to_owned();
         let more = [
@@ -489,6 +495,8 @@ mod tests {
             "{}",
             details[1]
         );
+        let kept = "unmap them, 8 pages sent from those of earlier batches";
+        assert!(details[2].ends_with(kept), "{}", details[2]);
     }
 
     #[test]

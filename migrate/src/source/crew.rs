@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::frame::Pfn;
-use crate::source::batch::Outcome;
+use crate::source::batch::{Outcome, Pass};
 use crate::source::workers::{Failure, News, Reply, Request, WorkerId, Workers};
 use crate::stream::libxc::PageEntry;
 use crate::stream::link::{LinkSet, Offer};
@@ -137,8 +137,8 @@ impl<'a> Crew<'a> {
     }
 
     /// Hands a batch to `worker`.
-    pub(super) fn send(&mut self, worker: WorkerId, batch: Vec<Pfn>, last: bool) {
-        self.submit(worker, &Request::Batch { pages: batch.clone(), last }, batch);
+    pub(super) fn send(&mut self, worker: WorkerId, batch: Vec<Pfn>, pass: Pass) {
+        self.submit(worker, &Request::Batch { pages: batch.clone(), pass }, batch);
     }
 
     /// Has the receiver told of pages without data over a link. `false`: there is none.
@@ -274,6 +274,8 @@ mod tests {
 
     use super::*;
 
+    const PASS: Pass = Pass { number: 0, last: false };
+
     /// Workers that take everything and never say anything by themselves.
     struct Mute;
 
@@ -319,7 +321,7 @@ mod tests {
                 && let Some(worker) = crew.free()
             {
                 let size = crew.batch_pages(worker, left as u64).min(1024).min(left);
-                crew.send(worker, vec![Pfn(0); size], false);
+                crew.send(worker, vec![Pfn(0); size], PASS);
                 queues[worker].push_back((size, size));
                 left -= size;
             }
@@ -357,7 +359,7 @@ mod tests {
     fn a_lost_link_gives_back_what_was_not_confirmed_and_what_it_had() {
         let mut crew = crew(1);
         for pfn in 1..=3 {
-            crew.send(0, vec![Pfn(pfn)], false);
+            crew.send(0, vec![Pfn(pfn)], PASS);
         }
         reply(&mut crew, 0, 1, 1, 0);
         reply(&mut crew, 0, 1, 2, 1);

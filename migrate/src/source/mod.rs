@@ -2,9 +2,9 @@
 //!
 //! [`machine`] decides what comes next and does nothing itself; [`driver`] does what it decides,
 //! against the traits of [`crate::hypervisor`]; [`precopy`] decides when to stop copying a
-//! running guest; [`pass`] sends one set of pages, [`batch`] some of them at a time; [`pv`] and
-//! [`hvm`] know the guests; [`workers`] are other processes that send batches, `crew` is who of
-//! them has which.
+//! running guest; [`pass`] sends one set of pages, [`batch`] some of them at a time, with what
+//! [`kept`] has mapped; [`pv`] and [`hvm`] know the guests; [`workers`] are other processes that
+//! send batches, `crew` is who of them has which, `shares` who has which pages mapped.
 //!
 //! Not here: the suspend request (libxl's, asked for through `Toolstack::suspend`), the libxl
 //! stream around this one, and what happens to the domain afterwards.
@@ -13,11 +13,13 @@ mod batch;
 mod crew;
 mod driver;
 mod hvm;
+mod kept;
 pub mod machine;
 mod pass;
 pub mod precopy;
 mod pv;
+mod shares;
 pub mod workers;
 
-pub use batch::Outcome;
+pub use batch::{Outcome, Pass};
 pub use driver::{Options, Summary, save, save_with};

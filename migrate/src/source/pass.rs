@@ -8,23 +8,18 @@
 //! A page that a lost link may have taken with it is sent *again*: with the next pass, or, in the
 //! last, in one more set of pages, until all that has been sent is confirmed.
 
-use std::iter::Peekable;
-
 use crate::bitmap::PageBitmap;
 use crate::counters::Counters;
 use crate::error::{Error, Result};
 use crate::frame::{PageType, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
-use crate::source::batch::{BatchSender, Outcome};
+use crate::source::batch::{BatchSender, Outcome, Pass, Space};
 use crate::source::crew::{Crew, Noted, Total};
+use crate::source::shares::{Owners, Shares};
 use crate::source::workers::{WorkerId, Workers};
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link;
-
-/// Pages in a 2 MiB extent, which the receiver gives to the guest in one piece if they all come in
-/// one record.
-const EXTENT_PAGES: usize = 512;
 
 /// One pass under way, and what outlives it.
 pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
@@ -32,6 +27,8 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     pub(super) toolstack: &'a mut T,
     /// Who sends the batches; else this process does.
     crew: Option<Crew<'a>>,
+    /// Who of them has which pages mapped.
+    owners: Owners,
     /// Whether the receiver has been told of links, and so has to be told of passes.
     offered: bool,
     /// Pages put off to the last pass.
@@ -70,6 +67,7 @@ where
             batches,
             toolstack,
             crew: workers.map(Crew::new),
+            owners: Owners::new(pages),
             offered: false,
             deferred: PageBitmap::new(pages),
             again: PageBitmap::new(pages),
@@ -156,25 +154,25 @@ where
 
     /// Sends all of `set`, or hands it to the workers.
     fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
-        let mut left = set.count();
-        let mut pfns = set.iter().peekable();
-        while pfns.peek().is_some() {
+        let mut shares = Shares::new(set, &self.owners);
+        let pass = Pass { number: progress.pass, last: progress.last };
+        while shares.pages() > 0 {
             self.take_news(false, progress)?;
-            let worker = self.free_worker(progress)?;
-            let batch = match (worker, &mut self.crew) {
+            match (self.free_worker(progress)?, &mut self.crew) {
                 (Some(worker), Some(crew)) => {
-                    let batch = next_batch(&mut pfns, crew.batch_pages(worker, left));
-                    crew.send(worker, batch.clone(), progress.last);
-                    batch
+                    let wanted = crew.batch_pages(worker, shares.pages());
+                    let batch = shares.next_batch(Some(worker), wanted);
+                    if pass.number > 0 && matches!(self.batches.space, Space::Pv(_)) {
+                        self.owners.note(worker, &batch);
+                    }
+                    crew.send(worker, batch, pass);
                 }
                 _ => {
-                    let batch = next_batch(&mut pfns, BATCH_PAGES_MAX);
-                    let outcome = self.batches.send(&batch, progress.last)?;
+                    let batch = shares.next_batch(None, BATCH_PAGES_MAX);
+                    let outcome = self.batches.send(&batch, pass)?;
                     self.note(&outcome, progress)?;
-                    batch
                 }
-            };
-            left = left.saturating_sub(batch.len() as u64);
+            }
         }
         Ok(())
     }
@@ -217,7 +215,7 @@ where
     /// Tells what this process and all workers have done. It is all over: whoever fails now is not
     /// counted, and that is all.
     pub(super) fn tell_work(&mut self) {
-        self.tell_counts(Total::default(), self.batches.domain.counters());
+        self.tell_counts(Total::default(), self.batches.counters());
         if let Some(crew) = &mut self.crew {
             crew.count();
         }
@@ -316,59 +314,5 @@ where
         }
         let head = libxc::page_data_head(&known)?;
         self.write_record(&head, "writing page data")
-    }
-}
-
-/// About `wanted` of the next pages, [`BATCH_PAGES_MAX`] at most. A large batch ends where a 2 MiB
-/// extent does.
-fn next_batch(pfns: &mut Peekable<impl Iterator<Item = Pfn>>, wanted: usize) -> Vec<Pfn> {
-    let extent = |pfn: Pfn| pfn.0 / EXTENT_PAGES as u64;
-    let wanted = wanted.min(BATCH_PAGES_MAX);
-    let mut batch: Vec<Pfn> = Vec::with_capacity(wanted);
-    while let Some(pfn) = pfns.next_if(|pfn| match batch.last() {
-        None => true,
-        Some(before) if wanted < EXTENT_PAGES || extent(*before) == extent(*pfn) => {
-            batch.len() < wanted
-        }
-        Some(_) => batch.len() + EXTENT_PAGES <= wanted,
-    }) {
-        batch.push(pfn);
-    }
-    batch
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn batches(pfns: &[u64], wanted: usize) -> Vec<Vec<u64>> {
-        let mut pfns = pfns.iter().map(|n| Pfn(*n)).peekable();
-        let next = || Some(next_batch(&mut pfns, wanted)).filter(|batch| !batch.is_empty());
-        let all = std::iter::from_fn(next);
-        all.map(|batch| batch.into_iter().map(|pfn| pfn.0).collect()).collect()
-    }
-
-    #[test]
-    fn large_batches_end_where_extents_do() {
-        let pfns: Vec<u64> = (100..3000).collect();
-        let firsts: Vec<u64> = batches(&pfns, 5000).iter().map(|batch| batch[0]).collect();
-        assert_eq!(firsts, [100, 1024, 2048]);
-        let firsts: Vec<u64> = batches(&pfns, 700).iter().map(|batch| batch[0]).collect();
-        assert_eq!(firsts, [100, 512, 1024, 1536, 2048, 2560]);
-    }
-
-    proptest! {
-        #[test]
-        fn all_pages_are_in_a_batch_in_order_and_none_is_too_large(
-            gaps in prop::collection::vec(1_u64..40, 0..3000),
-            wanted in 1_usize..3000,
-        ) {
-            let pfns: Vec<u64> = gaps.iter().scan(0, |at, gap| { *at += gap; Some(*at) }).collect();
-            let batches = batches(&pfns, wanted);
-            prop_assert!(batches.iter().all(|batch| batch.len() <= wanted.min(BATCH_PAGES_MAX)));
-            prop_assert_eq!(batches.concat(), pfns);
-        }
     }
 }

@@ -4,6 +4,8 @@
 //! would map one after the other; processes do not. They are the same program, so what they say
 //! ([`Request`], [`Reply`]) is nobody else's format.
 //!
+//! Each keeps mappings of its own, so it gets, if possible, pages that it had before.
+//!
 //! A worker sends over the one stream, in turn with the others, or over a link of its own
 //! ([`crate::stream::link`]). It does one request after the other. What it sends over a link the
 //! receiver confirms, record by record; what is not confirmed when a link is lost is sent again
@@ -22,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut};
 use crate::runs;
-use crate::source::batch::{BatchSender, Outcome, Space};
+use crate::source::batch::{BatchSender, Outcome, Pass, Space};
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link::{self, Offer};
 
@@ -40,8 +42,8 @@ pub enum Request {
         /// Its pages, at most [`BATCH_PAGES_MAX`].
         #[serde(with = "runs::pfns")]
         pages: Vec<Pfn>,
-        /// The guest is suspended: nothing may be put off.
-        last: bool,
+        /// The pass that they are sent in.
+        pass: Pass,
     },
     /// Tell the receiver of pages without data.
     Entries(#[serde(with = "runs::entries")] Vec<PageEntry>),
@@ -185,8 +187,8 @@ where
     fn serve(&mut self, request: Request) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         match request {
-            Request::Batch { pages, last } => {
-                outcome = self.batches.send(&pages, last)?;
+            Request::Batch { pages, pass } => {
+                outcome = self.batches.send(&pages, pass)?;
                 self.sent += outcome.records;
             }
             Request::Entries(entries) => {
@@ -210,7 +212,7 @@ where
     }
 
     fn counters(&self) -> Counters {
-        let mut counters = self.batches.domain.counters();
+        let mut counters = self.batches.counters();
         counters.stalled_ns = self.batches.out.stalled_ns();
         counters
     }

@@ -5,8 +5,8 @@ use std::fmt::Debug;
 
 use rxl_migrate::counters::Counters;
 use rxl_migrate::frame::{PageType, Pfn};
-use rxl_migrate::source::Outcome;
 use rxl_migrate::source::workers::{self, Failure, Reply, Request};
+use rxl_migrate::source::{Outcome, Pass};
 use rxl_migrate::stream::libxc::{
     FormatError, PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind,
 };
@@ -194,7 +194,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         (6, [&[kind][..], &message.unwrap_or_default()].concat())
     };
     for request in [
-        Request::Batch { pages: pfns.clone(), last: true },
+        Request::Batch { pages: pfns.clone(), pass: Pass { number: 4, last: true } },
         Request::Entries(entries.clone()),
         Request::Pass(3),
         Request::Confirm,
