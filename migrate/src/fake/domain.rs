@@ -168,8 +168,12 @@ impl FakeDomain {
         self.call("map", |xen| {
             let mut map = |frame: &u64| {
                 let mfn = self.machine_frame(xen, *frame)?;
-                match xen.fault("map_page") {
-                    Some(errno) => Err(errno),
+                if let Some(errno) = xen.fault("map_page") {
+                    return Err(errno);
+                }
+                let stale = (access == Access::Read).then(|| xen.map_stale(self.id.0, mfn));
+                match stale.flatten() {
+                    Some(stale) => Ok(stale),
                     None => xen.map(self.id.0, mfn, access == Access::ReadWrite).map(|()| mfn),
                 }
             };

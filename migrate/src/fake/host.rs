@@ -1,5 +1,6 @@
 //! The host as tests handle it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -91,6 +92,18 @@ impl Host {
     /// that nothing was dirty.
     pub fn forget_clean(&self, succeed: u64) {
         self.lock().forgotten_clean = Some(succeed);
+    }
+
+    /// A planted fault: from now on a page of a PV domain that was mapped to be read is found in
+    /// that mapping whenever it is mapped again, although it may have another frame by then.
+    pub fn map_stale(&self) {
+        self.lock().first_mapped = Some(BTreeMap::new());
+    }
+
+    /// How often [`Host::map_stale`] has made a difference.
+    #[must_use]
+    pub fn mapped_stale(&self) -> u64 {
+        self.lock().mapped_stale
     }
 
     /// Lets the call of `op` after `succeed` more fail with `errno`, and that one only. `op` is

@@ -130,6 +130,10 @@ pub(super) struct Xen {
     pub(super) guests_balloon: bool,
     /// Bitmaps of log-dirty that are to come back empty, after so many that do not.
     pub(super) forgotten_clean: Option<u64>,
+    /// If mappings are to be stale: the frame that a page of a PV domain was mapped with first.
+    pub(super) first_mapped: Option<BTreeMap<(u16, u64), u64>>,
+    /// How often another frame was asked for than was mapped.
+    pub(super) mapped_stale: u64,
     accesses: u64,
     pub(super) mappings: u64,
 }
@@ -160,6 +164,8 @@ impl Xen {
             guests_run_every: 0,
             guests_balloon: true,
             forgotten_clean: None,
+            first_mapped: None,
+            mapped_stale: 0,
             accesses: 0,
             mappings: 0,
         }
@@ -275,9 +281,32 @@ impl Xen {
         if write {
             self.get_writable(mfn)?;
         }
+        self.reference(mfn);
+        Ok(())
+    }
+
+    fn reference(&mut self, mfn: u64) {
         self.frame(mfn).mappings += 1;
         self.mappings += 1;
-        Ok(())
+    }
+
+    /// Maps the page that has `mfn` to be read, as who has kept a mapping of it and does not look
+    /// where it is now. The frame that is mapped, if it is another one.
+    pub(super) fn map_stale(&mut self, id: u16, mfn: u64) -> Option<u64> {
+        let hvm = self.dom(id).hvm;
+        let pfn = self.memory.m2p(mfn);
+        if hvm || pfn == INVALID_FRAME || !self.is_owned(id, mfn) {
+            return None;
+        }
+        let first = *self.first_mapped.as_mut()?.entry((id, pfn)).or_insert(mfn);
+        if first == mfn {
+            // It stays mapped, and so nobody gets the frame.
+            self.frame(mfn).mappings += 1;
+            return None;
+        }
+        self.reference(first);
+        self.mapped_stale += 1;
+        Some(first)
     }
 
     pub(super) fn unmap(&mut self, mfn: u64, write: bool) {

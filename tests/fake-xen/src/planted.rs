@@ -18,15 +18,18 @@ pub enum Planted {
     StalePage,
     /// A reading of the dirty bits clears them and says that there are none.
     ForgottenClean,
+    /// A page is read through a mapping that was made when it had another frame.
+    StaleMapping,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 4] = [
+    pub const ALL: [Planted; 5] = [
         Planted::SkippedTable,
         Planted::DroppedDeferredPage,
         Planted::StalePage,
         Planted::ForgottenClean,
+        Planted::StaleMapping,
     ];
 }
 
@@ -37,6 +40,7 @@ impl std::fmt::Display for Planted {
             Planted::DroppedDeferredPage => "a deferred page is dropped",
             Planted::StalePage => "a stale page is applied",
             Planted::ForgottenClean => "a CLEAN is forgotten",
+            Planted::StaleMapping => "a stale mapping is used",
         })
     }
 }
@@ -67,11 +71,14 @@ impl Rig {
             Planted::DroppedDeferredPage => (GuestKind::PvTree, Activity::Ballooning),
             Planted::StalePage => (GuestKind::PvTree, Activity::Writing),
             Planted::ForgottenClean => (migration.guest, Activity::Writing),
+            Planted::StaleMapping => (GuestKind::PvLinear, Activity::Ballooning),
         };
         let migration = Migration { guest, activity, ..*migration };
         let source = migration.source()?;
-        if planted == Planted::ForgottenClean {
-            source.machine.host().forget_clean(0);
+        match planted {
+            Planted::ForgottenClean => source.machine.host().forget_clean(0),
+            Planted::StaleMapping => source.machine.host().map_stale(),
+            _ => {}
         }
         let (saved, stream) = self.save_alone(&migration, &source)?;
         if !saved.succeeded() && activity == Activity::Ballooning {
@@ -86,6 +93,7 @@ impl Rig {
             Planted::DroppedDeferredPage => drop_deferred(&mut parts)?,
             Planted::StalePage => repeat_stale(&mut parts)?,
             Planted::ForgottenClean => true,
+            Planted::StaleMapping => source.machine.host().mapped_stale() > 0,
         };
         if !there_was_one {
             return Ok(None);

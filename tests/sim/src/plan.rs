@@ -403,6 +403,9 @@ impl Plan {
         let source = Host::new(self.pages + 60, seed);
         let guest = self.build(&source);
         source.run_guests(self.run_every);
+        if self.plant == Some(Plant::StaleMapping) {
+            source.map_stale();
+        }
         let info = guest.info().expect("a domain that has just been made");
         let pages = info.total_pages + 24;
         self.shape = (info.hvm, pages, info.max_vcpu_id + 1);

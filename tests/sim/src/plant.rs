@@ -34,8 +34,10 @@ pub enum Plant {
     LogDirtyStaysOn,
     /// A second migration does not care whether the first is over.
     LockIgnored,
-    /// A mapping of guest memory outlives its batch, and its process.
+    /// A mapping of guest memory outlives its process.
     MappingLeaks,
+    /// A mapping of a page is used without a look at where the page is now.
+    StaleMapping,
     /// The receiver lets a link into a pass before the earlier ones are complete.
     PassAppliedEarly,
     /// The receiver does not wait for what links have of a pass.
@@ -67,6 +69,7 @@ pub const PLANTS: [Plant; 20] = [
     Plant::LogDirtyStaysOn,
     Plant::LockIgnored,
     Plant::MappingLeaks,
+    Plant::StaleMapping,
     Plant::PassAppliedEarly,
     Plant::LinkPartNotAwaited,
     Plant::LostPagesForgotten,
