@@ -20,6 +20,7 @@ use rxl_migrate::fake::{
 };
 use rxl_migrate::frame::{PageBuf, PageType, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, PageSlot, StreamIn};
+use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::{self, save};
 use rxl_migrate::stream::libxc::{PageEntry, StreamHeader};
 use rxl_migrate::stream::link::{LinkSet, Offer, Secret, pass_end_record};
@@ -245,7 +246,7 @@ fn guest(seed: u64) -> FakeDomain {
 fn a_guest_that_wrote_arrives_as_it_was_and_not_a_byte_more_is_taken() {
     for seed in 0..8 {
         let (source, mut file) = (guest(seed), Wire::default());
-        let options = source::Options { live: true, verify: seed % 3 == 0 };
+        let options = source::Options { live: true, verify: seed % 3 == 0, policy: Policy::Stock };
         save(&source, &mut file, &mut FakeToolstack::new(&source), &options).unwrap();
         file.bytes.extend(b"libxl reads on here");
         let info = source.info().unwrap();

@@ -77,7 +77,7 @@ impl<'a> Openers<'a> {
                 let args = [ARGUMENT, &domain.to_string(), FILE];
                 Worker::process(&self.program, &args, Stdio::from(file))
             }
-            Mode::Thread => Worker::thread(None, move |socket| {
+            Mode::Thread => Worker::thread(move |socket| {
                 // Whoever restores has been told, or wants no more.
                 if let Err(error) = place_from_file(domain, file, &socket) {
                     tracing::debug!("a worker has ended: {}", error.chain());

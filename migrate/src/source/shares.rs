@@ -178,7 +178,8 @@ mod tests {
 
     #[test]
     fn a_worker_gets_what_it_has_then_what_nobody_has_then_what_others_have() {
-        let (set, mut owners) = (PageBitmap::full(1024), Owners::new(1024));
+        let (mut set, mut owners) = (PageBitmap::new(1024), Owners::new(1024));
+        set.set_all();
         owners.note(3, &pfns(0..128));
         owners.note(5, &pfns(128..512));
         owners.note(3, &pfns(512..640));

@@ -55,7 +55,7 @@ pub enum Plant {
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 20] = [
+pub const PLANTS: [Plant; 21] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
