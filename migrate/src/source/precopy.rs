@@ -17,10 +17,10 @@ pub const STOCK_DIRTY_PAGES_MIN: u64 = 50;
 const GAIN: f64 = 0.9;
 /// So many passes in a row without a gain are enough: what is left has the size of what the guest
 /// writes again and again.
-const PASSES_WITHOUT_GAIN_MAX: u32 = 3;
+const PASSES_WITHOUT_GAIN_MAX: u32 = 2;
 /// Where sending what is left takes less than one part in so many of all else, more passes gain
 /// nothing either, even if the pause is too long.
-const NEGLIGIBLE: u32 = 10;
+const NEGLIGIBLE: u32 = 4;
 /// Bytes that a pass has to send for its rate to be believed. Smaller ones measure how long a pass
 /// takes to begin and to end.
 const BELIEVED_BYTES_MIN: u64 = 4 << 20;
@@ -240,7 +240,7 @@ mod tests {
     fn passes_that_gain_nothing_end_soon_and_the_user_decides_how() {
         for (at_limit, pause) in [(AtLimit::Force, 2660), (AtLimit::Cancel, 2660)] {
             let (passes, end) = moved(Policy::ByTime(limits(at_limit)), 100, 300, 256);
-            assert_eq!((passes, expected(end)), (4, pause));
+            assert_eq!((passes, expected(end)), (3, pause));
             assert_eq!(matches!(end, Decision::Cancel(_)), at_limit == AtLimit::Cancel);
         }
     }

@@ -505,13 +505,15 @@ impl Plan {
         self.link_faults
     }
 
-    /// Whether nothing is to go wrong but with links.
+    /// Whether nothing is to go wrong but with links, and the policy gives no migration up.
     pub(crate) fn is_calm(&self) -> bool {
         self.calm
     }
 
     fn has_no_faults(&self) -> bool {
+        let gives_up = |limits: Limits| limits.at_limit == AtLimit::Cancel;
         self.triggers.is_empty()
+            && !matches!(self.policy, Policy::ByTime(limits) if gives_up(limits))
             && self.requests.is_empty()
             && self.hypercalls.is_empty()
             && self.cuts == [None; 2]
