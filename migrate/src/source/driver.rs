@@ -122,7 +122,8 @@ where
         total_pages: info.total_pages,
         p2m_pages,
     });
-    let sender = PassSender::new(BatchSender::new(domain, out, space), toolstack, workers);
+    let batches = BatchSender::new(domain, out, space);
+    let sender = PassSender::new(info.total_pages, batches, toolstack, workers);
     let pending = PageBitmap::new(p2m_pages);
     let clock = Clock { began: sender.toolstack.now(), ..Clock::default() };
     let (log_dirty, qemu_log_dirty) = (false, false);

@@ -29,6 +29,8 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     crew: Option<Crew<'a>>,
     /// Who of them has which pages mapped.
     owners: Owners,
+    /// Pages that the domain owns, of those that it may have.
+    owned: u64,
     /// Whether the receiver has been told of links, and so has to be told of passes.
     offered: bool,
     /// Pages put off to the last pass.
@@ -50,14 +52,30 @@ struct Progress {
     done: u64,
 }
 
+impl Progress {
+    /// How many of the `left` pages that nobody has been handed yet are likely to have content. A
+    /// guest may have far fewer pages than pfns, its holes all at the end: if those counted, whoever
+    /// is slow would be handed much too much shortly before.
+    fn likely_left(&self, owned: u64, left: u64) -> u64 {
+        let handed = self.pages.wanted.saturating_sub(left);
+        let with_content = handed.saturating_sub(self.pages.empty + self.pages.deferred);
+        match owned.saturating_sub(with_content) {
+            // Holes are sooner done with in large pieces.
+            0 => left,
+            owned => owned.min(left),
+        }
+    }
+}
+
 impl<'a, D, O, T> PassSender<'a, D, O, T>
 where
     D: SourceDomain,
     O: StreamOut<D::Pages>,
     T: Toolstack,
 {
-    /// A sender that has sent nothing yet.
+    /// A sender that has sent nothing yet of a domain that owns `owned` pages.
     pub(super) fn new(
+        owned: u64,
         batches: BatchSender<'a, D, O>,
         toolstack: &'a mut T,
         workers: Option<Box<dyn Workers + 'a>>,
@@ -68,6 +86,7 @@ where
             toolstack,
             crew: workers.map(Crew::new),
             owners: Owners::new(pages),
+            owned,
             offered: false,
             deferred: PageBitmap::new(pages),
             again: PageBitmap::new(pages),
@@ -160,7 +179,8 @@ where
             self.take_news(false, progress)?;
             match (self.free_worker(progress)?, &mut self.crew) {
                 (Some(worker), Some(crew)) => {
-                    let wanted = crew.batch_pages(worker, shares.pages());
+                    let left = progress.likely_left(self.owned, shares.pages());
+                    let wanted = crew.batch_pages(worker, left);
                     let batch = shares.next_batch(Some(worker), wanted);
                     if pass.number > 0 && matches!(self.batches.space, Space::Pv(_)) {
                         self.owners.note(worker, &batch);
@@ -314,5 +334,30 @@ where
         }
         let head = libxc::page_data_head(&known)?;
         self.write_record(&head, "writing page data")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holes_are_not_taken_for_pages_that_are_left() {
+        // 1000 pages of a guest that could have 100,000.
+        let left = |left, empty| {
+            let pages = PassPages { wanted: 100_000, empty, ..PassPages::default() };
+            let progress = Progress { pass: 0, last: false, what: "".into(), pages, done: 0 };
+            progress.likely_left(1000, left)
+        };
+        assert_eq!(left(100_000, 0), 1000);
+        assert_eq!(left(99_300, 0), 300);
+        assert_eq!(left(99_000, 0), 99_000);
+        // Some of them were holes.
+        assert_eq!(left(98_500, 600), 100);
+        assert_eq!(left(98_000, 1000), 98_000);
+        // A pass over what was written.
+        let pages = PassPages { wanted: 500, ..PassPages::default() };
+        let progress = Progress { pass: 1, last: false, what: "".into(), pages, done: 0 };
+        assert_eq!(progress.likely_left(1000, 200), 200);
     }
 }
