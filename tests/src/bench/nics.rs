@@ -39,6 +39,9 @@ pub struct Options {
     /// idle or dirty; without it both
     #[arg(long)]
     workload: Option<Workload>,
+    /// Only over NICs of different rates
+    #[arg(long)]
+    unequal: bool,
 }
 
 /// What the guest does.
@@ -109,11 +112,14 @@ fn measure(
     workload: Workload,
     options: Options,
 ) -> Result<()> {
-    let Options { rate, runs, json, .. } = options;
+    let Options { rate, runs, json, unequal, .. } = options;
+    let differ = |rates: &Vec<u32>| rates.first() != rates.last();
+    let mut plans = plans(rate);
+    plans.retain(|rates| differ(rates) || !unequal);
     let mut one_nic = Vec::new();
     for _ in 0..runs {
-        for rates in plans(rate) {
-            let run = move_over(session, name, kind, Mover::Rxl, &rates)?;
+        for rates in &plans {
+            let run = move_over(session, name, kind, Mover::Rxl, rates)?;
             if run.nics == 1 {
                 one_nic.push(ms(run.total_ms));
             }
