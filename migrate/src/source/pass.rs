@@ -54,8 +54,8 @@ struct Progress {
 
 impl Progress {
     /// How many of the `left` pages that nobody has been handed yet are likely to have content. A
-    /// guest may have far fewer pages than pfns, its holes all at the end: if those counted, whoever
-    /// is slow would be handed much too much shortly before.
+    /// guest may have far fewer pages than pfns, its holes all at the end: if those counted,
+    /// whoever is slow would be handed much too much shortly before.
     fn likely_left(&self, owned: u64, left: u64) -> u64 {
         let handed = self.pages.wanted.saturating_sub(left);
         let with_content = handed.saturating_sub(self.pages.empty + self.pages.deferred);
