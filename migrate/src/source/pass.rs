@@ -50,6 +50,8 @@ struct Progress {
     what: String,
     pages: PassPages,
     done: u64,
+    /// Of the latest batch that is done nothing had to be sent.
+    hole: bool,
 }
 
 impl Progress {
@@ -59,11 +61,9 @@ impl Progress {
     fn likely_left(&self, owned: u64, left: u64) -> u64 {
         let handed = self.pages.wanted.saturating_sub(left);
         let with_content = handed.saturating_sub(self.pages.empty + self.pages.deferred);
-        match owned.saturating_sub(with_content) {
-            // Holes are sooner done with in large pieces.
-            0 => left,
-            owned => owned.min(left),
-        }
+        let owned = owned.saturating_sub(with_content);
+        // Holes are sooner done with in large pieces.
+        if self.hole || owned == 0 { left } else { owned.min(left) }
     }
 }
 
@@ -127,7 +127,7 @@ where
     ) -> Result<()> {
         let pages = PassPages { wanted: set.count(), ..PassPages::default() };
         let what = if last { "Frames".into() } else { format!("Frames iteration {pass}") };
-        let mut progress = Progress { pass, last, what, pages, done: 0 };
+        let mut progress = Progress { pass, last, what, pages, done: 0, hole: false };
         self.toolstack.event(&Event::PassStarted { pass, last, pages: pages.wanted });
         self.report(&progress);
         loop {
@@ -297,6 +297,7 @@ where
         self.count(outcome, progress);
         self.tell_vanished(outcome)?;
         progress.done += outcome.pages();
+        progress.hole = outcome.sent.is_empty();
         self.report(progress);
         Ok(())
     }
@@ -344,20 +345,20 @@ mod tests {
     #[test]
     fn holes_are_not_taken_for_pages_that_are_left() {
         // 1000 pages of a guest that could have 100,000.
-        let left = |left, empty| {
-            let pages = PassPages { wanted: 100_000, empty, ..PassPages::default() };
-            let progress = Progress { pass: 0, last: false, what: "".into(), pages, done: 0 };
-            progress.likely_left(1000, left)
+        let progress = |wanted, empty, hole| {
+            let pages = PassPages { wanted, empty, ..PassPages::default() };
+            Progress { pass: 0, last: false, what: "".into(), pages, done: 0, hole }
         };
+        let left = |left, empty| progress(100_000, empty, false).likely_left(1000, left);
         assert_eq!(left(100_000, 0), 1000);
         assert_eq!(left(99_300, 0), 300);
         assert_eq!(left(99_000, 0), 99_000);
         // Some of them were holes.
         assert_eq!(left(98_500, 600), 100);
         assert_eq!(left(98_000, 1000), 98_000);
+        // In one of them, with pages behind it.
+        assert_eq!(progress(100_000, 600, true).likely_left(1000, 98_500), 98_500);
         // A pass over what was written.
-        let pages = PassPages { wanted: 500, ..PassPages::default() };
-        let progress = Progress { pass: 1, last: false, what: "".into(), pages, done: 0 };
-        assert_eq!(progress.likely_left(1000, 200), 200);
+        assert_eq!(progress(500, 0, false).likely_left(1000, 200), 200);
     }
 }
