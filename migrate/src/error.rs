@@ -45,7 +45,7 @@ pub enum Error {
     /// The user does not want a pause that long.
     #[error(
         "the guest writes its memory too fast: it would be suspended for about {} ms \
-         (allow a longer pause, or force it)",
+         (--max-pause allows a longer pause, --on-limit force any)",
         pause.as_millis()
     )]
     PauseTooLong {

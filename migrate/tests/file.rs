@@ -7,17 +7,17 @@
     reason = "what is not there is to stop the test"
 )]
 
+mod common;
+
 use std::io::{self, ErrorKind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use common::{HOST_FRAMES, WIRING, guest};
 use rxl_migrate::error::Error;
-use rxl_migrate::fake::{
-    FakeDomain, FakePages, FakeToolstack, Host, HvmSpec, P2mKind, PvSpec, Rng, Script, WIRING,
-    Wire, compare,
-};
+use rxl_migrate::fake::{FakeDomain, FakePages, FakeToolstack, Host, Rng, Script, Wire, compare};
 use rxl_migrate::frame::{PageBuf, PageType, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, PageSlot, StreamIn};
 use rxl_migrate::source::precopy::Policy;
@@ -28,7 +28,6 @@ use rxl_migrate::target::file::{Batch, work_on_file};
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner};
 use rxl_migrate::target::{Outcome, restore, restore_with};
 
-const HOST_FRAMES: u64 = 8192;
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;
@@ -222,23 +221,6 @@ fn a_page_that_comes_again_waits_for_a_slow_worker_and_others_do_not() {
         order.retain(|offset| [slow, other, again].contains(offset));
         assert_eq!(order, [other, slow, again]);
     }
-}
-
-/// A guest that runs, of either kind.
-fn guest(seed: u64) -> FakeDomain {
-    let host = Host::new(HOST_FRAMES, seed);
-    if seed.is_multiple_of(2) {
-        let guest = HvmSpec { pages: 5000, seed }.build(&host);
-        host.run_guests(7);
-        return guest;
-    }
-    let p2m = if seed % 4 == 1 { P2mKind::Linear } else { P2mKind::Tree };
-    let (one_hole_in, long_tail) = (20, false);
-    let (vcpus, processes) = (3, 3);
-    let spec = PvSpec { pages: 4000, one_hole_in, p2m, long_tail, vcpus, processes, seed };
-    let guest = spec.build(&host);
-    host.run_guests(50);
-    guest
 }
 
 /// Its workers take between no time and a millisecond for a batch.

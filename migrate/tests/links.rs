@@ -6,11 +6,9 @@ mod common;
 
 use std::thread;
 
-use common::{Link, Pipe, Receivers, Senders, WIRING};
+use common::{HOST_FRAMES, Link, Pipe, Receivers, Senders, WIRING, guest};
 use rxl_migrate::error::Error;
-use rxl_migrate::fake::{
-    FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Rng, compare,
-};
+use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, Rng, compare};
 use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
@@ -20,7 +18,6 @@ use rxl_migrate::target::links::{Answer, Ask, Links, Need};
 use rxl_migrate::target::restore_with;
 
 const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
-const HOST_FRAMES: u64 = 8192;
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;
@@ -72,22 +69,6 @@ fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
         joined: count(|event| matches!(event, Event::LinkJoined { .. })),
         lost: count(|event| matches!(event, Event::LinkLost { .. })),
     }
-}
-
-fn guest(seed: u64) -> FakeDomain {
-    let host = Host::new(HOST_FRAMES, seed);
-    if seed.is_multiple_of(2) {
-        let guest = HvmSpec { pages: 5000, seed }.build(&host);
-        host.run_guests(7);
-        return guest;
-    }
-    let p2m = if seed % 4 == 1 { P2mKind::Linear } else { P2mKind::Tree };
-    let (one_hole_in, long_tail) = (20, false);
-    let (vcpus, processes) = (3, 3);
-    let spec = PvSpec { pages: 4000, one_hole_in, p2m, long_tail, vcpus, processes, seed };
-    let guest = spec.build(&host);
-    host.run_guests(50);
-    guest
 }
 
 #[test]

@@ -10,24 +10,18 @@
 use proptest::prelude::*;
 use rxl_migrate::error::{Error, GuestError};
 use rxl_migrate::fake::compare;
-use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, Wire};
-use rxl_migrate::frame::DomId;
+use rxl_migrate::fake::{
+    FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, WIRING, Wire,
+};
 use rxl_migrate::hypervisor::{Domain, LogLevel};
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::{self, save};
-use rxl_migrate::target::{Options, Outcome, restore};
+use rxl_migrate::target::{Outcome, restore};
 
 const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
 const STOPPED: source::Options =
     source::Options { live: false, verify: false, policy: Policy::Stock };
-const WIRING: Options = Options {
-    store_evtchn: 17,
-    store_domid: DomId(0),
-    console_evtchn: 18,
-    console_domid: DomId(3),
-};
-
 fn pv(p2m: P2mKind, seed: u64) -> PvSpec {
     PvSpec { pages: 1500, one_hole_in: 20, p2m, long_tail: false, vcpus: 3, processes: 3, seed }
 }

@@ -7,7 +7,7 @@ mod common;
 
 use std::sync::{Arc, Mutex};
 
-use common::{Senders, Shared, WIRING};
+use common::{HOST_FRAMES, Senders, Shared, WIRING};
 use rxl_migrate::error::Error;
 use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, HvmSpec, P2mKind, PvSpec, Wire, compare};
 use rxl_migrate::hypervisor::Domain;
@@ -16,7 +16,6 @@ use rxl_migrate::source::{self, save_with};
 use rxl_migrate::target::restore;
 
 const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
-const HOST_FRAMES: u64 = 8192;
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;

@@ -14,10 +14,8 @@ use serde::Deserialize;
 
 use crate::report::{Outcome, Report};
 
-/// Where they are, unless [`DIRECTORY_ENV`] says otherwise.
+/// Where they are.
 const DIRECTORY: &str = "/var/lib/rxl/reports";
-/// Names another directory.
-const DIRECTORY_ENV: &str = "RXL_REPORTS";
 /// Reports that are kept.
 const KEPT: usize = 100;
 /// Longest report that is read, in bytes; a pass costs 0.3 KiB, a connection less.
@@ -44,7 +42,7 @@ struct KeptPause {
 impl History {
     /// That of this host.
     pub(crate) fn of_this_host() -> History {
-        History(std::env::var_os(DIRECTORY_ENV).map_or_else(|| DIRECTORY.into(), PathBuf::from))
+        History(DIRECTORY.into())
     }
 
     /// Keeps `report`, and lets the oldest go.

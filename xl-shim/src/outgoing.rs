@@ -25,6 +25,14 @@ use crate::passthrough;
 use crate::timeline::{Mark, Timeline};
 use crate::words;
 
+/// How it ended, and what is known of it.
+pub(crate) struct Ended<E> {
+    pub(crate) end: E,
+    /// What failed, in the words of whoever refused it.
+    pub(crate) details: Vec<String>,
+    pub(crate) events: Vec<Stamped>,
+}
+
 /// The domain that the user means.
 #[derive(Debug)]
 pub(crate) struct Guest {

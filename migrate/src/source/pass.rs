@@ -297,7 +297,10 @@ where
         self.count(outcome, progress);
         self.tell_vanished(outcome)?;
         progress.done += outcome.pages();
-        progress.hole = outcome.sent.is_empty();
+        // Other answers than those to batches are about no page.
+        if outcome.pages() > 0 {
+            progress.hole = outcome.sent.is_empty();
+        }
         self.report(progress);
         Ok(())
     }

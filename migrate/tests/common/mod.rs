@@ -20,22 +20,36 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rxl_migrate::fake::{FakeDomain, FakePages, fill_pages, put_pages};
-use rxl_migrate::frame::DomId;
+pub use rxl_migrate::fake::WIRING;
+use rxl_migrate::fake::{
+    FakeDomain, FakePages, Host, HvmSpec, P2mKind, PvSpec, fill_pages, put_pages,
+};
 use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
 use rxl_migrate::stream::link::{Offer, Secret};
-use rxl_migrate::target::Options;
 use rxl_migrate::target::links::{self, Answer, Ask, LinkIn, Links, Need, Owner};
 
-pub const WIRING: Options = Options {
-    store_evtchn: 17,
-    store_domid: DomId(0),
-    console_evtchn: 18,
-    console_domid: DomId(3),
-};
+/// Frames of a host that has room for any guest here.
+pub const HOST_FRAMES: u64 = 8192;
+
+/// A guest that runs, of either kind.
+pub fn guest(seed: u64) -> FakeDomain {
+    let host = Host::new(HOST_FRAMES, seed);
+    if seed.is_multiple_of(2) {
+        let guest = HvmSpec { pages: 5000, seed }.build(&host);
+        host.run_guests(7);
+        return guest;
+    }
+    let p2m = if seed % 4 == 1 { P2mKind::Linear } else { P2mKind::Tree };
+    let (one_hole_in, long_tail) = (20, false);
+    let (vcpus, processes) = (3, 3);
+    let spec = PvSpec { pages: 4000, one_hole_in, p2m, long_tail, vcpus, processes, seed };
+    let guest = spec.build(&host);
+    host.run_guests(50);
+    guest
+}
 
 /// Bytes from one thread to another.
 #[derive(Clone)]

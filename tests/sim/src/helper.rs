@@ -61,6 +61,9 @@ pub(crate) fn save(
     let domain = Stepped::new(process, domain);
     let saved = source::save_with(&domain, &mut out, &mut channel, workers, &options);
     if let Err(error) = &saved {
+        if matches!(error, Error::PauseTooLong { .. }) {
+            process.world().facts.coverage.count("policy: given up");
+        }
         process.world().trace.say(|| format!("the save fails: {}", error.chain()));
     }
     let _ = channel.complete(if saved.is_ok() { 0 } else { -1 }, errno_of(saved.err().as_ref()));

@@ -6,7 +6,6 @@ mod driver;
 use std::sync::Arc;
 
 use anyhow::Context;
-use rxl_migrate::report::Stamped;
 use rxl_migrate::xl::departure;
 use rxl_migrate::xl::handshake::SenderEnd;
 use rxl_toolstack::libxl::Libxl;
@@ -20,7 +19,7 @@ use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Ward};
 use crate::history::History;
 use crate::host::{self, Progress};
-use crate::outgoing::{self, Guest};
+use crate::outgoing::{self, Ended, Guest};
 use crate::output::{self, Screen};
 use crate::report::{Facts, Outcome, Report, Target};
 use crate::timeline::{Mark, Timeline};
@@ -28,13 +27,6 @@ use crate::transport::{self, Rune, Transport};
 
 pub(crate) use conclusion::Conclusion;
 pub(crate) use driver::{Departure, ToHost};
-
-/// How a migration ended, and what is known of it.
-struct Departed {
-    end: SenderEnd,
-    details: Vec<String>,
-    events: Vec<Stamped>,
-}
 
 /// Moves the domain. The exit code says where it runs: 0 at the target, else here (if anywhere).
 pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit> {
@@ -51,7 +43,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid)?;
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
-    let Departed { end, details, events } = departed;
+    let Ended { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());
     let conclusion = Conclusion { guest: domain, target, end, details: &details };
     conclusion.tell(&screen, || host.state(guest.domid).ok());
@@ -79,7 +71,7 @@ fn depart(
     pipe: EventsPipe,
     screen: &Screen,
     timeline: &mut Timeline,
-) -> anyhow::Result<Departed> {
+) -> anyhow::Result<Ended<SenderEnd>> {
     let gate = Arc::new(Gate::new()?);
     let too_late = too_late(&guest.name, &args.host);
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
@@ -122,7 +114,7 @@ fn depart(
     if Outcome::from(end) != Outcome::Moved {
         all.extend(status.and_then(|s| transport::explain(s, rune)));
     }
-    Ok(Departed { end, details: all, events })
+    Ok(Ended { end, details: all, events })
 }
 
 fn too_late(guest: &str, target: &str) -> String {

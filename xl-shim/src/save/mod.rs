@@ -7,7 +7,6 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
-use rxl_migrate::report::Stamped;
 use rxl_migrate::xl::leaving;
 use rxl_migrate::xl::saving::{SaveEnd, Then};
 use rxl_toolstack::libxl::Libxl;
@@ -20,7 +19,7 @@ use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Ward};
 use crate::host::{self, Progress};
-use crate::outgoing::{self, Guest, kept};
+use crate::outgoing::{self, Ended, Guest, kept};
 use crate::output::{self, Screen};
 use crate::report::{Facts, Report, Target};
 use crate::stdio;
@@ -29,13 +28,6 @@ use crate::ways::Ways;
 
 pub(crate) use driver::{Save, ToFile};
 pub(crate) use file::SaveFile;
-
-/// How a save ended, and what is known of it.
-struct Ended {
-    end: SaveEnd,
-    details: Vec<String>,
-    events: Vec<Stamped>,
-}
 
 /// Saves the domain.
 pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
@@ -85,7 +77,7 @@ fn save(
     pipe: EventsPipe,
     screen: &Screen,
     timeline: &mut Timeline,
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<Ended<SaveEnd>> {
     let Guest { name, domid, .. } = guest;
     let gate = Arc::new(Gate::new()?);
     let too_late = format!("rxl: too late to cancel: {name} is saved");
@@ -141,7 +133,7 @@ impl SaveArgs {
 struct Conclusion<'a> {
     guest: &'a str,
     file: &'a str,
-    ended: &'a Ended,
+    ended: &'a Ended<SaveEnd>,
 }
 
 impl Conclusion<'_> {
