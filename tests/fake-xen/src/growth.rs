@@ -68,6 +68,13 @@ impl Growth {
         )
     }
 
+    /// Takes the less of both times, and the more of both peaks.
+    fn improve(&mut self, other: &Growth) {
+        self.took = self.took.min(other.took);
+        self.cpu = self.cpu.min(other.cpu);
+        self.peak_kib = self.peak_kib.max(other.peak_kib);
+    }
+
     /// Of a time, the part for 1 GiB, in milliseconds.
     #[must_use]
     pub fn ms_per_gib(&self, time: Duration) -> f64 {
@@ -75,28 +82,47 @@ impl Growth {
     }
 }
 
-/// Saves and restores guests of as many GiB as `sizes` says; `show` gets each end as it is there.
+/// Saves and restores guests of as many GiB as `sizes` says, each `runs` times, every time on new
+/// machines; `show` gets each end as it is there, with the least time that a run took: whatever
+/// else a machine does, and memory that it has in small pieces only, adds to it.
 ///
 /// # Errors
 /// A helper fails, or this host has no room for the guests.
-pub fn grow(bench: &Bench, sizes: &[u64], mut show: impl FnMut(&Growth)) -> Result<()> {
+pub fn grow(
+    bench: &Bench,
+    sizes: &[u64],
+    runs: usize,
+    mut show: impl FnMut(&Growth),
+) -> Result<()> {
     for (kind, guest) in [(GuestKind::Pvh, "pvh"), (GuestKind::PvLinear, "pv")] {
         for &gib in sizes {
             let bench = Bench { mib: gib * MIB_PER_GIB, ..bench.clone() };
-            let source = bench.source(kind)?;
-            let (saved, stream) = save(&bench, &source)?;
-            show(&described(&format!("save/{guest}"), gib, kind, &saved, false));
-            let info = source.domain.info()?;
-            // Two such guests need not have room at once.
-            drop(source);
-            let machine = bench.machine()?;
-            let (pages, vcpus) = (info.total_pages + 600, info.max_vcpu_id + 1);
-            let domain = machine.host().create(info.hvm, pages, vcpus);
-            let restored = restore(&bench, &Side { machine, domain }, &stream)?;
-            show(&described(&format!("restore/{guest}"), gib, kind, &restored, true));
+            let (mut save, mut restore) = once(&bench, gib, kind, guest)?;
+            for _ in 1..runs {
+                let (again, restored_again) = once(&bench, gib, kind, guest)?;
+                save.improve(&again);
+                restore.improve(&restored_again);
+            }
+            show(&save);
+            show(&restore);
         }
     }
     Ok(())
+}
+
+/// One save and one restore.
+fn once(bench: &Bench, gib: u64, kind: GuestKind, guest: &str) -> Result<(Growth, Growth)> {
+    let source = bench.source(kind)?;
+    let (saved, stream) = save(bench, &source)?;
+    let saved = described(&format!("save/{guest}"), gib, kind, &saved, false);
+    let info = source.domain.info()?;
+    // Two such guests need not have room at once.
+    drop(source);
+    let machine = bench.machine()?;
+    let (pages, vcpus) = (info.total_pages + 600, info.max_vcpu_id + 1);
+    let domain = machine.host().create(info.hvm, pages, vcpus);
+    let restored = restore(bench, &Side { machine, domain }, &stream)?;
+    Ok((saved, described(&format!("restore/{guest}"), gib, kind, &restored, true)))
 }
 
 fn described(name: &str, gib: u64, kind: GuestKind, ended: &Ended, restore: bool) -> Growth {

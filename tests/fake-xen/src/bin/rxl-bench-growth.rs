@@ -5,7 +5,7 @@
 use anyhow::{Context, Result, bail};
 use rxl_fake_xen::{Bench, Growth, clean_pass, grow};
 
-const USAGE: &str = "usage: tests/bench scale|memory [--json] [--gib N (16)]";
+const USAGE: &str = "usage: tests/bench scale|memory [--json] [--gib N (16)] [--runs N (3, 1)]";
 /// Sizes of guests, in GiB.
 const SCALE: [u64; 5] = [1, 2, 4, 8, 16];
 const MEMORY: [u64; 3] = [1, 4, 16];
@@ -13,21 +13,23 @@ const MEMORY: [u64; 3] = [1, 4, 16];
 fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let what = args.next().context(USAGE)?;
-    let (mut json, mut gib_max) = (false, 16);
+    let (mut json, mut gib_max, mut runs) = (false, 16, None);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--json" => json = true,
             "--gib" => gib_max = args.next().and_then(|n| n.parse().ok()).context(USAGE)?,
+            "--runs" => runs = Some(args.next().and_then(|n| n.parse().ok()).context(USAGE)?),
             _ => bail!(USAGE),
         }
     }
-    let (sizes, show): (&[u64], fn(&Growth, bool)) = match what.as_str() {
-        "scale" => (&SCALE, show_time),
-        "memory" => (&MEMORY, show_memory),
+    let (sizes, usual_runs, show): (&[u64], usize, fn(&Growth, bool)) = match what.as_str() {
+        "scale" => (&SCALE, 3, show_time),
+        "memory" => (&MEMORY, 1, show_memory),
         _ => bail!(USAGE),
     };
     let sizes: Vec<u64> = sizes.iter().copied().filter(|gib| *gib <= gib_max).collect();
-    grow(&Bench::here()?, &sizes, |growth| show(growth, json))?;
+    let runs = runs.unwrap_or(usual_runs);
+    grow(&Bench::here()?, &sizes, runs, |growth| show(growth, json))?;
     if what == "scale" {
         let ms = clean_pass().as_secs_f64() * 1000.0;
         match json {
