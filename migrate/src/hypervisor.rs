@@ -283,6 +283,9 @@ pub trait SourceDomain: Domain {
     /// # Errors
     /// The hypercalls'.
     fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>>;
+    /// Nothing is sent any more. What is mapped may stay so from now on, if this process ends
+    /// soon: the guest waits, and a mapping that goes with its process costs less.
+    fn leave_mapped(&self) {}
 }
 
 /// Why a CPU policy cannot be had here.

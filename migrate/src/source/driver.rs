@@ -178,6 +178,7 @@ where
             }
             Action::WriteTail => {
                 self.write_tail()?;
+                self.sender.batches.domain.leave_mapped();
                 self.sender.tell_work();
             }
             Action::Cleanup => self.cleanup(),

@@ -4,14 +4,15 @@
 //! A [`Mapping`] is memory that the guest (or Xen) may write at any moment, so no reference to it
 //! is ever made, not even for the length of a copy: it is accessed by volatile reads and writes of
 //! aligned words, or handed to the kernel by address (`stream`). Its address and size are those of
-//! one mapping that it owns and removes when dropped. Calls of the library need an open handle,
-//! which [`ForeignHandle`] is from its making to its drop; a mapping keeps its handle alive.
+//! one mapping that it owns and removes when dropped, or leaves to the end of the process. Calls of
+//! the library need an open handle, which [`ForeignHandle`] is from its making to its drop; a
+//! mapping keeps its handle alive.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -34,6 +35,8 @@ const FRAMES_END: u64 = 1 << 40;
 pub(super) struct ForeignHandle {
     raw: NonNull<stable::xenforeignmemory_handle>,
     done: Done,
+    /// Whether mappings are left to the end of the process.
+    leaving: AtomicBool,
 }
 
 /// What has been mapped so far.
@@ -60,12 +63,19 @@ impl ForeignHandle {
         // SAFETY: the logger lives for ever; no flags.
         let raw = unsafe { stable::xenforeignmemory_open(silent_logger(), 0) };
         NonNull::new(raw)
-            .map(|raw| Arc::new(ForeignHandle { raw, done: Done::default() }))
+            .map(|raw| ForeignHandle { raw, done: Done::default(), leaving: false.into() })
+            .map(Arc::new)
             .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))
     }
 
     pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
         self.raw.as_ptr()
+    }
+
+    /// Removes no mapping any more: the process ends soon. A PV dom0's kernel pays a trap for each
+    /// page that it unmaps, and none when a whole address space goes.
+    pub(super) fn leave_mapped(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
     }
 
     /// Notes in `counters` what has been mapped.
@@ -181,6 +191,11 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
+        if let Backing::Foreign(handle) = &self.backing
+            && handle.leaving.load(Ordering::Relaxed)
+        {
+            return;
+        }
         let started = Instant::now();
         let result = match &self.backing {
             // SAFETY: mapped with this handle and of this size; no reference to it exists.

@@ -146,6 +146,10 @@ impl SourceDomain for LiveDomain {
     fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>> {
         vcpu::get(&self.xen, self.domid, id)
     }
+
+    fn leave_mapped(&self) {
+        self.foreign.leave_mapped();
+    }
 }
 
 /// A log-dirty request without a bitmap.
