@@ -11,6 +11,7 @@ pub mod background;
 pub mod bad_input;
 pub mod bench;
 pub mod census;
+pub mod evacuate;
 pub mod failures;
 pub mod fake;
 pub mod fuzz;

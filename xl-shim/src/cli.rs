@@ -13,6 +13,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
 
+use crate::defaults;
 use crate::policy::PolicyArgs;
 use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
 use crate::words::{self, Message};
@@ -24,7 +25,9 @@ use crate::words::{self, Message};
 #[derive(Debug, Parser)]
 #[command(name = "rxl", version, disable_help_subcommand = true, max_term_width = 100)]
 #[command(override_usage = "rxl [-vfNtT] VERB [ARGUMENTS]")]
-#[command(after_help = "Environment: RXL_XL names the real xl.")]
+#[command(after_help = "\
+/etc/rxl.toml may give options that the command line does not: a table for each verb.\n\n\
+Environment: RXL_XL names the real xl; RXL_CONFIG another file than /etc/rxl.toml, or none.")]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) globals: Globals,
@@ -66,6 +69,11 @@ pub(crate) enum Verb {
     Save(SaveArgs),
     /// Make a domain from a file that `rxl save` or `xl save` has written
     Restore(RestoreArgs),
+    /// Move every domain of this host to other hosts
+    ///
+    /// The largest first, each to the target with most free memory. A domain that cannot be moved
+    /// to one is tried at the others. Run it again to go on with those that are left.
+    Evacuate(EvacuateArgs),
     /// Let a domain run on that a migration or a save has left suspended
     ///
     /// Only after a look at the target: if the domain runs there it must not run here too. A file
@@ -297,6 +305,42 @@ impl RestoreArgs {
     }
 }
 
+/// Options of `evacuate`.
+#[derive(Clone, Debug, Args)]
+#[command(override_usage = "rxl evacuate [OPTIONS] --to HOST,… [-- OPTIONS of rxl migrate]")]
+#[command(after_help = "\
+Ctrl-C, SIGTERM and SIGHUP cancel the migrations under way, as far as they still can be, and start \
+no more.\n\n\
+Exit codes: 0 every domain was moved; 1 some were not, and the summary says why; 2 wrong usage; \
+130 cancelled.")]
+pub(crate) struct EvacuateArgs {
+    /// Targets
+    #[arg(long, value_name = "HOST,…", value_delimiter = ',', required = true)]
+    pub(crate) to: Vec<String>,
+    /// How many domains to move at a time
+    #[arg(long, value_name = "N", default_value = "1")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub(crate) parallel: u8,
+    /// Domains that stay
+    #[arg(long, value_name = "DOM,…", value_delimiter = ',')]
+    pub(crate) except: Vec<String>,
+    /// Let targets decide whether there is memory for a domain: for those that take it from dom0
+    #[arg(long)]
+    pub(crate) ignore_memory: bool,
+    /// Only show which domain would go where
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Command that runs a program on a target
+    #[arg(short = 's', value_name = "SSH", default_value = "ssh")]
+    pub(crate) ssh: String,
+    /// Write the summary as JSON to FILE as well
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Options of `rxl migrate` for every domain
+    #[arg(last = true, value_name = "OPTIONS of rxl migrate")]
+    pub(crate) options: Vec<String>,
+}
+
 /// What to do with a command line.
 #[derive(Debug)]
 pub(crate) enum Parsed {
@@ -318,11 +362,9 @@ const REMUS: [&str; 4] = ["-r", "--colo", "--coloft-script", "--userspace-colo-p
 pub(crate) fn parse(args: &[OsString], as_xl: bool) -> Parsed {
     let words: Vec<&str> = args.iter().skip(1).map(|a| a.to_str().unwrap_or_default()).collect();
     let is_global = |w: &str| w.strip_prefix('-').is_some_and(is_global_flags);
-    let verb = words.iter().position(|w| !is_global(w));
-    let (verb, rest) = match verb.and_then(|at| words.get(at..)) {
-        Some([verb, rest @ ..]) => (*verb, rest),
-        _ => return Parsed::Xl,
-    };
+    let Some(at) = words.iter().position(|w| !is_global(w)) else { return Parsed::Xl };
+    let Some([verb, rest @ ..]) = words.get(at..) else { return Parsed::Xl };
+    let (verb, rest) = (*verb, rest);
     match (verb, rest) {
         ("--version" | "-V", _) if !as_xl => Parsed::Text(Cli::command().render_version()),
         ("help" | "--help" | "-h", []) if !as_xl => {
@@ -330,11 +372,22 @@ pub(crate) fn parse(args: &[OsString], as_xl: bool) -> Parsed {
         }
         ("help", [verb, ..]) if own(verb) => Parsed::Text(help_of(verb)),
         ("migrate-receive", rest) if rest.iter().any(|w| REMUS.contains(w)) => Parsed::Xl,
-        (verb, _) if own(verb) => match Cli::try_parse_from(args) {
-            Ok(cli) => Parsed::Own(Box::new(cli)),
-            Err(error) => explain(&error, verb),
-        },
+        (verb, _) if own(verb) => parse_own(args, verb, at + 1),
         _ => Parsed::Xl,
+    }
+}
+
+/// A command line of the rxl verb that is word `at` of it.
+fn parse_own(args: &[OsString], verb: &str, at: usize) -> Parsed {
+    let mut cli = Cli::command();
+    cli.build();
+    let args = match defaults::apply(&cli, args, at) {
+        Ok(args) => args,
+        Err(error) => return Parsed::Usage(format!("rxl: {error:#}")),
+    };
+    match Cli::try_parse_from(&args) {
+        Ok(cli) => Parsed::Own(Box::new(cli)),
+        Err(error) => explain(&error, verb),
     }
 }
 
@@ -371,10 +424,8 @@ fn explain(error: &clap::Error, verb: &str) -> Parsed {
             let letter = option.strip_prefix('-').filter(|o| o.len() == 1);
             words::fill(words::NO_OPTION, &[&letter.unwrap_or(&option)])
         }
-        ErrorKind::MissingRequiredArgument => {
-            let wanted = Cli::command()
-                .find_subcommand(verb)
-                .map_or(0, |c| c.get_positionals().filter(|p| p.is_required_set()).count());
+        ErrorKind::MissingRequiredArgument if required_words(verb) > 0 => {
+            let wanted = required_words(verb);
             let s = if wanted == 1 { "" } else { "s" };
             words::fill(words::TOO_FEW, &[&verb, &wanted, &s])
         }
@@ -384,6 +435,13 @@ fn explain(error: &clap::Error, verb: &str) -> Parsed {
     cli.build();
     let usage = cli.find_subcommand_mut(verb).map(|c| c.render_usage().to_string());
     Parsed::Usage(format!("{reason}\n\n{}", usage.unwrap_or_default()))
+}
+
+/// How many words the verb needs that are no options.
+fn required_words(verb: &str) -> usize {
+    Cli::command()
+        .find_subcommand(verb)
+        .map_or(0, |c| c.get_positionals().filter(|p| p.is_required_set()).count())
 }
 
 /// The script for `shell`.

@@ -152,6 +152,7 @@ const OPTIONS: &[Opt] = options! {
 
 /// The rest of README's table.
 const REST: &[(&str, &str)] = &[
+    ("`evacuate`", "rxl's own: moves every domain of the host"),
     (
         "`resume`",
         "rxl's own (xl has one from 4.20 on): lets a domain run on that a migration or a \

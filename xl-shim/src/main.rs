@@ -4,6 +4,7 @@
 //!
 //! - `rxl migrate`, `rxl migrate-receive`: the two ends of a migration ([`migrate`], [`receive`]);
 //! - `rxl save`, `rxl restore`: the same with a file ([`save`], [`restore`]);
+//! - many migrations at once ([`evacuate`]);
 //! - libxl's save helper, which moves the memory ([`save_helper`]);
 //! - processes that those start: [`guard`], [`monitor`];
 //! - every other verb is the real `xl`'s ([`passthrough`]).
@@ -18,6 +19,8 @@ mod cli;
 #[cfg(test)]
 mod compat;
 mod config;
+mod defaults;
+mod evacuate;
 mod events;
 #[cfg(test)]
 mod fake;
@@ -88,6 +91,7 @@ fn run(args: &[OsString]) -> anyhow::Result<Exit> {
         .unwrap_or_default();
     if save_helper::is_meant(args, &program) {
         init_log(0);
+        defaults::apply_to_helper();
         return save_helper::run(args);
     }
     match cli::parse(args, program == "xl") {
@@ -115,6 +119,7 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::MigrateReceive(args) => receive::run(globals, args),
         Verb::Save(args) => save::run(globals, args),
         Verb::Restore(args) => restore::run(globals, args),
+        Verb::Evacuate(args) => evacuate::run(globals, args),
         Verb::Resume { domain } => resume::run(globals, domain),
         Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
         Verb::DomainGuard { side, name, domid, draft } => {

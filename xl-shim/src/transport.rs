@@ -68,7 +68,8 @@ fn remote_snippet(words: &str) -> String {
     )
 }
 
-fn quoted(text: &str) -> String {
+/// In single quotes, of which `text` has none.
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{text}'")
 }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, failures, fake, fuzz, interop, sim, smoke, soak, unit};
+use rxl_tests::{bad_input, evacuate, failures, fake, fuzz, interop, sim, smoke, soak, unit};
 
 /// Seeds of the simulator that CI runs: some ten seconds.
 const SIM_SEEDS: u64 = 2_000;
@@ -57,6 +57,8 @@ enum Suite {
     BadInput,
     /// Workers, connections and NICs are lost while guests move over four NICs
     Failures,
+    /// Six guests leave a host for two others, one of which fails
+    Evacuate,
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -83,6 +85,11 @@ fn main() -> ExitCode {
         Some(Suite::Failures) => {
             if let Some(session) = tally.case("the lab is up, with rxl on it", failures::open) {
                 failures::run(&mut tally, &session);
+            }
+        }
+        Some(Suite::Evacuate) => {
+            if let Some(session) = tally.case("the lab is up, with rxl on it", evacuate::open) {
+                evacuate::run(&mut tally, &session);
             }
         }
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
