@@ -29,6 +29,7 @@ const ABI_TYPES: &[&str] = &[
     "xen_machphys_mfn_list",
     "xen_memory_reservation",
     "xen_msr_entry_t",
+    "xen_sysctl",
 ];
 
 const ABI_CONSTANTS: &[&str] = &[
@@ -47,7 +48,9 @@ const ABI_CONSTANTS: &[&str] = &[
     "XENVER_version",
     "XEN_DOMCTL_.*",
     "XEN_DOMINF_.*",
-    "__HYPERVISOR_(domctl|hvm_op|memory_op|mmuext_op|multicall|xen_version)",
+    "XEN_SYSCTL_PHYSCAP_shadow",
+    "XEN_SYSCTL_physinfo",
+    "__HYPERVISOR_(domctl|hvm_op|memory_op|mmuext_op|multicall|sysctl|xen_version)",
 ];
 
 const STABLE_FUNCTIONS: &[&str] = &[

@@ -14,6 +14,7 @@ use crate::bitmap::PageBitmap;
 use crate::counters::Counters;
 use crate::frame::{DomId, PageBuf, PageType, Pfn};
 use crate::report::Event;
+use crate::x86::cpuid::Feature;
 
 /// Most frames that one [`SourceDomain::page_types`] call takes (Xen answers `E2BIG` beyond).
 pub const BATCH_PAGES_MAX: usize = 1024;
@@ -292,10 +293,7 @@ pub trait SourceDomain: Domain {
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
     /// This host's CPU, Xen or settings lack what the guest was promised.
-    #[error(
-        "this host cannot give the guest the CPU it had: leaf {leaf:#x}, subleaf {subleaf:#x}, \
-         MSR {msr:#x} (all ones: not that)"
-    )]
+    #[error("this host cannot give the guest the CPU it had: {}", place(*leaf, *subleaf, *msr))]
     Refused {
         /// CPUID leaf at fault, or all ones.
         leaf: u32,
@@ -304,9 +302,24 @@ pub enum PolicyError {
         /// MSR at fault, or all ones.
         msr: u32,
     },
+    /// Xen took the policy, but without a feature that the guest may be using.
+    #[error(
+        "this host cannot give the guest the CPU it had: {0} is missing here; move it to a host \
+         that has that, or start it anew without it (cpuid= in its configuration)"
+    )]
+    Lost(Feature),
     /// The request failed otherwise.
     #[error(transparent)]
     Hv(#[from] HvError),
+}
+
+/// What a policy was refused for.
+fn place(leaf: u32, subleaf: u32, msr: u32) -> String {
+    match (leaf, subleaf) {
+        (u32::MAX, _) => format!("MSR {msr:#x}"),
+        (leaf, u32::MAX) => format!("CPUID leaf {leaf:#x}"),
+        (leaf, subleaf) => format!("CPUID leaf {leaf:#x} subleaf {subleaf}"),
+    }
 }
 
 /// What the receiver asks of its domain, which is empty and paused at first.
@@ -321,7 +334,7 @@ pub trait TargetDomain: Domain {
     /// Sets CPUID leaves and MSRs.
     ///
     /// # Errors
-    /// [`PolicyError::Refused`] names what this host cannot give.
+    /// [`PolicyError::Refused`] and [`PolicyError::Lost`] name what this host cannot give.
     fn set_cpu_policy(&self, policy: &CpuPolicy) -> Result<(), PolicyError>;
     /// Sets the TSC state.
     ///

@@ -5,6 +5,7 @@
 use std::os::fd::BorrowedFd;
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::xl::movable::Facts;
 
 /// A request that the toolstack refused.
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +76,11 @@ pub trait Lifecycle {
     /// # Errors
     /// libxl's.
     fn config(&self, domain: DomId) -> Result<String>;
+    /// What the hypervisor says that decides whether it can be moved. Nothing is done to it.
+    ///
+    /// # Errors
+    /// The hypervisor's.
+    fn facts(&self, domain: DomId) -> Result<Facts>;
     /// Writes the libxl stream to `fd`; on success the domain is suspended. `live`: it runs while
     /// most of its memory goes out. `debug`: all of it is sent again at the end, to be compared.
     /// The descriptor stays open.

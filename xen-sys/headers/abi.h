@@ -1,4 +1,4 @@
-/* The hypercall ABI. domctl.h and the policy types are for tools only. */
+/* The hypercall ABI. domctl.h, sysctl.h and the policy types are for tools only. */
 #define __XEN_TOOLS__ 1
 #include <stdint.h>
 #include <xen/xen.h>
@@ -8,4 +8,5 @@
 #include <xen/hvm/params.h>
 #include <xen/memory.h>
 #include <xen/sched.h>
+#include <xen/sysctl.h>
 #include <xen/version.h>

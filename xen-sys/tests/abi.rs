@@ -47,6 +47,9 @@ fn other_hypercalls_arguments_are_where_all_releases_have_them() {
     assert_eq!(size_of::<xen_machphys_mfn_list>(), 24);
     assert_eq!(size_of::<xen_hvm_param>(), 16);
     assert_eq!(size_of::<grant_entry_v1>(), 8);
+    assert_eq!((size_of::<xen_sysctl>(), offset_of!(xen_sysctl, u)), (136, 8));
+    assert_eq!(offset_of!(xen_sysctl_physinfo, capabilities), 28);
+    assert_eq!((XEN_SYSCTL_physinfo, XEN_SYSCTL_PHYSCAP_shadow), (3, 1 << 4));
 }
 
 #[test]

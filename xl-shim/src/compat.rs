@@ -175,11 +175,18 @@ const REST: &[(&str, &str)] = &[
       tested in the lab (Xen 4.17)",
     ),
     ("PV guests, 64-bit", "works; a p2m tree (old kernels) only on the modelled Xen so far"),
-    ("PV guests, 32-bit", "refused with a reason"),
+    (
+        "PCI passthrough; vNUMA; 32-bit PV guests; PV guests where Xen lacks shadow paging",
+        "refused before anything is sent, not even `ssh` is started, with what to do",
+    ),
+    (
+        "a CPU feature that the guest has and the target lacks",
+        "refused before memory is sent, by \
+      name; `xl` takes it away in silence",
+    ),
     ("PVH guests", "works"),
     ("HVM guests", "works (with QEMU as the device model), without emulated disks or NICs so far"),
     ("Xen", "tested on 4.17; the interface version is probed, so that 4.14 to 4.22 should work"),
-    ("PCI passthrough, vNUMA", "refused by Xen and libxl"),
     ("architecture", "x86-64"),
 ];
 

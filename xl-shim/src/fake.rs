@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 
 use rxl_migrate::frame::DomId;
 use rxl_migrate::xl::config::DomainConfig;
+use rxl_migrate::xl::movable::Facts;
 use rxl_toolstack::lifecycle::{
     CANCELLED, DomainState, Lifecycle, LifecycleError, Result, ShortOfMemory,
 };
@@ -53,6 +54,10 @@ pub(crate) struct FakeHost(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     domains: Mutex<BTreeMap<u16, (String, Condition)>>,
+    /// What the hypervisor says of every domain, if that is odd.
+    facts: Mutex<Option<Facts>>,
+    /// More of every domain's configuration.
+    config: Mutex<String>,
     /// Called before each request; `false` makes it fail.
     hook: Mutex<Option<Hook>>,
     cancelled: AtomicBool,
@@ -83,6 +88,16 @@ impl FakeHost {
     /// Calls `hook` before each request; where it says `false` the request fails and does nothing.
     pub(crate) fn hook(&self, hook: impl Fn(Request) -> bool + Send + Sync + 'static) {
         *self.0.hook.lock().unwrap() = Some(Box::new(hook));
+    }
+
+    /// Lets the hypervisor say that of every domain.
+    pub(crate) fn set_facts(&self, facts: Facts) {
+        *self.0.facts.lock().unwrap() = Some(facts);
+    }
+
+    /// Adds `json` to every domain's configuration.
+    pub(crate) fn add_to_config(&self, json: &str) {
+        *self.0.config.lock().unwrap() = format!(",{json}");
     }
 
     /// Name and condition of each domain.
@@ -149,7 +164,13 @@ impl Lifecycle for FakeHost {
     }
 
     fn config(&self, domain: DomId) -> Result<String> {
-        Ok(format!(r#"{{"c_info":{{"name":"{}"}}}}"#, self.name(domain)?))
+        let more = self.0.config.lock().unwrap();
+        Ok(format!(r#"{{"c_info":{{"name":"{}"}}{more}}}"#, self.name(domain)?))
+    }
+
+    fn facts(&self, _domain: DomId) -> Result<Facts> {
+        let plain = Facts { pv: true, address_bits: 64, shadow_paging: true };
+        Ok(self.0.facts.lock().unwrap().unwrap_or(plain))
     }
 
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, _debug: bool) -> Result<()> {

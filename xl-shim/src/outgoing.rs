@@ -4,7 +4,7 @@
 //! What it is not: it decides nothing. What follows what is [`rxl_migrate::xl::leaving`]'s,
 //! [`departure`](rxl_migrate::xl::departure)'s and [`saving`](rxl_migrate::xl::saving)'s.
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::report::{Event, Stamped};
 use rxl_migrate::xl;
@@ -12,6 +12,7 @@ use rxl_migrate::xl::channel::{Said, Until};
 use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::header::Header;
 use rxl_migrate::xl::leaving::Leaving;
+use rxl_migrate::xl::movable::Unmovable;
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::channel::Channel;
@@ -48,12 +49,14 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Finds it by name or number. `config` (a file) takes the place of its configuration, but for
-    /// name and UUID; with `preserve_domid` it is to have its number wherever it is made.
+    /// name and UUID; with `preserve_domid` it is to have its number wherever it is made. `live`:
+    /// it is to run meanwhile.
     pub(crate) fn find(
         host: &dyn Lifecycle,
         domain: &str,
         config: Option<&str>,
         preserve_domid: bool,
+        live: bool,
     ) -> anyhow::Result<Guest> {
         let domid = resolve(host, domain)?;
         let name = host.name(domid)?;
@@ -70,6 +73,7 @@ impl Guest {
             DomainState::Dead | DomainState::Gone => bail!("{name} is shutting down"),
         }
         let running = DomainConfig::parse(&host.config(domid)?)?;
+        check_movable(host, domid, &running, live).with_context(|| format!("{name} stays here"))?;
         let mut config = match config {
             Some(file) => config::for_guest(&passthrough::find_xl()?, file, &running)?,
             None => running,
@@ -78,6 +82,21 @@ impl Guest {
         let header = Header::new(&config.to_json())?;
         Ok(Guest { domid, name, config, header, lock })
     }
+}
+
+/// Refuses a domain that cannot be moved. What cannot be asked does not count: it fails later.
+pub(crate) fn check_movable(
+    host: &dyn Lifecycle,
+    domid: DomId,
+    config: &DomainConfig,
+    live: bool,
+) -> Result<(), Unmovable> {
+    let facts = host.facts(domid);
+    if let Err(error) = &facts {
+        tracing::warn!("{error}");
+    }
+    let in_domain = || facts.ok().and_then(|facts| Unmovable::in_domain(&facts, live));
+    Unmovable::in_config(config).or_else(in_domain).map_or(Ok(()), Err)
 }
 
 /// The domain of that name or number; if there is none, xl's words.

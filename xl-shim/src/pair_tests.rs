@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::thread;
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::handshake::{
     Message, ReceiverCause, ReceiverEnd, SenderCause as Cause, SenderEnd,
 };
 use rxl_migrate::xl::header::Header;
+use rxl_migrate::xl::movable::{Facts, Unmovable};
 use rxl_toolstack::lifecycle::Lifecycle;
 
 use crate::channel::Channel;
@@ -20,6 +22,7 @@ use crate::fake::{Condition, FakeHost, Request, STREAM};
 use crate::gate::Gate;
 use crate::guard::Guard;
 use crate::migrate::{Conclusion, Departure, ToHost};
+use crate::outgoing::check_movable;
 use crate::output::Screen;
 use crate::receive::{Arrival, Helpers};
 use crate::timeline::Timeline;
@@ -243,6 +246,23 @@ fn a_target_that_is_too_full_refuses_and_the_domain_runs_on() {
     assert_eq!(ends.receiver, ReceiverEnd::Nothing(ReceiverCause::NotCreated));
     assert!(matches!(ends.sender, SenderEnd::Kept(Cause::NotSent | Cause::NoReady)), "{ends:?}");
     assert!(ends.text.ends_with("rxl: web keeps running here."), "{}", ends.text);
+    pair.assert_runs_at_source_only();
+}
+
+#[test]
+fn a_guest_that_cannot_be_moved_is_refused_at_either_end() {
+    let pair = Pair::new();
+    let config = |host: &FakeHost| DomainConfig::parse(&host.config(pair.domid).unwrap()).unwrap();
+    let check = |live| check_movable(&pair.source, pair.domid, &config(&pair.source), live);
+    assert_eq!(check(true), Ok(()));
+    pair.source.set_facts(Facts { pv: true, address_bits: 64, shadow_paging: false });
+    assert_eq!(check(true), Err(Unmovable::NoShadowPaging));
+    assert_eq!(check(false), Ok(()));
+    pair.source.add_to_config(r#""pcidevs":[{"bus":3}]"#);
+    assert_eq!(check(false), Err(Unmovable::PciDevices(1)));
+    // A sender that did not look.
+    let ends = pair.run();
+    assert!(matches!(ends.sender, SenderEnd::Kept(_)), "{ends:?}");
     pair.assert_runs_at_source_only();
 }
 

@@ -77,6 +77,19 @@ impl DomainConfig {
         self.0.get(name)?.as_str()
     }
 
+    /// PCI devices that it has passed through (`pcidevs`).
+    #[must_use]
+    pub fn pci_devices(&self) -> usize {
+        self.0.get("pcidevs").and_then(Value::as_array).map_or(0, Vec::len)
+    }
+
+    /// Nodes of its virtual NUMA topology (`b_info.vnuma_nodes`).
+    #[must_use]
+    pub fn vnuma_nodes(&self) -> usize {
+        let nodes = self.0.get("b_info").and_then(|info| info.get("vnuma_nodes"));
+        nodes.and_then(Value::as_array).map_or(0, Vec::len)
+    }
+
     /// libxl's JSON.
     #[must_use]
     pub fn to_json(&self) -> String {

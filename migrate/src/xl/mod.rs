@@ -5,9 +5,9 @@
 //! [`arrival`] do what it says, against traits: up to when a step may be cancelled ([`gate`]), when
 //! the guards stand down, what comes before what. [`saving`] and [`restoring`] are the same for a
 //! file, which nobody talks to; [`leaving`] and [`making`] are what a file and a migration have in
-//! common. [`guard`] is what a guard does for an owner that was killed, [`channel`] how messages
-//! are heard and said. `rxl` implements the traits with libxl, pipes and processes, the simulator
-//! those of a migration with models of them.
+//! common. [`movable`] says which guests cannot be moved at all. [`guard`] is what a guard does for
+//! an owner that was killed, [`channel`] how messages are heard and said. `rxl` implements the
+//! traits with libxl, pipes and processes, the simulator those of a migration with models of them.
 //!
 //! What it is not: it spawns no transport, reads no configuration file and calls no libxl. The
 //! formats have no specification of their own: they are what `xl` of Xen 4.5 and later writes and
@@ -23,6 +23,7 @@ pub mod handshake;
 pub mod header;
 pub mod leaving;
 pub mod making;
+pub mod movable;
 pub mod restoring;
 pub mod saving;
 

@@ -301,6 +301,8 @@ impl Call<'_> {
             Ok(()) => return Ok(()),
             Err(PolicyError::Hv(error)) => return Err(errno(&error)),
             Err(PolicyError::Refused { leaf, subleaf, msr }) => [leaf, subleaf, msr],
+            // Xen takes away what it lacks and says nothing.
+            Err(PolicyError::Lost(_)) => return Ok(()),
         };
         let fields = [
             offset_of!(Policy, err_leaf),

@@ -37,6 +37,7 @@ use std::sync::Arc;
 
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::SourceDomain;
+use rxl_migrate::xl::movable::Facts;
 use rxl_xen_sys::{libxl as xl, stable};
 
 use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result, ShortOfMemory};
@@ -191,6 +192,13 @@ impl Lifecycle for Libxl {
     fn config(&self, domain: DomId) -> Result<String> {
         let config = self.context.retrieve_config(domain);
         config.map_err(|rc| failed(rc, || format!("reading domain {domain}'s configuration")))
+    }
+
+    fn facts(&self, domain: DomId) -> Result<Facts> {
+        LiveDomain::open(domain).and_then(|live| live.facts()).map_err(|error| {
+            let what = format!("asking Xen of domain {domain} ({error}: {})", error.source);
+            LifecycleError { what, rc: xl::ERROR_FAIL }
+        })
     }
 
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, debug: bool) -> Result<()> {

@@ -58,12 +58,12 @@ arguments!(Argument:
     abi::xen_domctl_getvcpuinfo, abi::xen_domctl_hvmcontext, abi::xen_domctl_shadow_op,
     abi::xen_domctl_tsc_info, abi::xen_domctl_vcpu_msrs, abi::xen_domctl_vcpucontext,
     abi::xen_domctl_vcpuextstate, abi::xen_hvm_param, abi::xen_machphys_mfn_list,
-    abi::xen_memory_reservation,
+    abi::xen_memory_reservation, abi::xen_sysctl, abi::xen_sysctl_physinfo,
 );
 arguments!(WithoutPointer:
     (), u16, ExtendedBytes,
     abi::xen_domctl_address_size, abi::xen_domctl_getdomaininfo, abi::xen_domctl_getvcpuinfo,
-    abi::xen_domctl_tsc_info, abi::xen_hvm_param,
+    abi::xen_domctl_tsc_info, abi::xen_hvm_param, abi::xen_sysctl_physinfo,
 );
 
 /// An open handle of libxencall.
@@ -299,6 +299,32 @@ impl Hypercalls {
         // SAFETY: as for the write; every sequence of bytes is a `T`.
         *argument = unsafe { place.read() };
         result.map(drop).map_err(|e| hv(op.0, e))
+    }
+
+    /// A sysctl of that version of the interface whose argument holds no address; what Xen made
+    /// of the argument comes back.
+    pub(super) fn sysctl<T: WithoutPointer>(
+        &self,
+        op: (&'static str, u32),
+        version: u32,
+        argument: T,
+    ) -> HvResult<T> {
+        const { assert!(size_of::<T>() <= 128 && align_of::<T>() <= 8) };
+        self.count(op.0);
+        let mut sysctl =
+            abi::xen_sysctl { cmd: op.1, interface_version: version, ..Default::default() };
+        let place = (&raw mut sysctl.u).cast::<T>();
+        // SAFETY: the union has 128 bytes, aligned to 8, as asserted above.
+        unsafe { place.write(argument) };
+        let result = self.exchange(&mut sysctl, |handle, address| {
+            // SAFETY: the handle is open, `address` is that of the whole structure, and there is
+            // no address in it.
+            unsafe { stable::xencall1(handle, abi::__HYPERVISOR_sysctl, address) }
+        });
+        result.map_err(|e| hv(op.0, e))?;
+        let place = (&raw const sysctl.u).cast::<T>();
+        // SAFETY: as for the write; every sequence of bytes is a `T`.
+        Ok(unsafe { place.read() })
     }
 
     /// A memory_op whose argument holds no address.

@@ -17,9 +17,9 @@
 //! # Safety
 //! The modules that allow `unsafe` do so for three reasons, which each states again: calls of the
 //! C libraries (`handle`, `foreign`, `grants`), hypercalls with a pointer to a buffer in their
-//! argument (`source`, `target`, `vcpu`, `policy`, `domain`), and memory that a guest writes at
-//! the same time, which is only read and written by volatile accesses or by the kernel (`foreign`,
-//! `stream`).
+//! argument (`source`, `target`, `vcpu`, `policy`, `domain`, `host`), and memory that a guest
+//! writes at the same time, which is only read and written by volatile accesses or by the kernel
+//! (`foreign`, `stream`).
 //!
 //! Specified in `xen/include/public` (`domctl.h`, `memory.h`, `hvm/hvm_op.h`, `xen.h`).
 
@@ -31,6 +31,7 @@ mod domain;
 mod foreign;
 mod grants;
 mod handle;
+mod host;
 mod link;
 mod policy;
 mod sealed;

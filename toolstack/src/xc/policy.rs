@@ -8,6 +8,7 @@
 use rustix::io::Errno;
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{CpuPolicy, HvResult, PolicyError};
+use rxl_migrate::x86::cpuid;
 use rxl_xen_sys::abi;
 
 use super::handle::{Buffer, Hypercalls};
@@ -53,8 +54,18 @@ fn get_sized(xen: &Hypercalls, domid: DomId, leaves: usize, msrs: usize) -> HvRe
     })
 }
 
-/// Gives `policy` to `domid`.
+/// Gives `policy` to `domid`. Xen refuses what makes no sense on this host, but takes away in
+/// silence the features that the host lacks; so what it made of it is looked at.
 pub(super) fn set(xen: &Hypercalls, domid: DomId, policy: &CpuPolicy) -> Result<(), PolicyError> {
+    put(xen, domid, policy)?;
+    let given = get(xen, domid)?;
+    match cpuid::lost(&policy.leaves, &given.leaves) {
+        Some(feature) => Err(PolicyError::Lost(feature)),
+        None => Ok(()),
+    }
+}
+
+fn put(xen: &Hypercalls, domid: DomId, policy: &CpuPolicy) -> Result<(), PolicyError> {
     let op = op!(XEN_DOMCTL_set_cpu_policy);
     let leaves = entries(&policy.leaves, LEAF_BYTES).map_err(|e| hv(op.0, e))?;
     let msrs = entries(&policy.msrs, MSR_BYTES).map_err(|e| hv(op.0, e))?;

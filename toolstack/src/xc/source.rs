@@ -5,14 +5,16 @@
 //! large enough.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::ptr::null_mut;
 
 use rustix::io::Errno;
 use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::frame::PageType;
 use rxl_migrate::hypervisor::{
-    BATCH_PAGES_MAX, CpuPolicy, HvResult, SourceDomain, TscInfo, VcpuState,
+    BATCH_PAGES_MAX, CpuPolicy, HvError, HvResult, SourceDomain, TscInfo, VcpuState,
 };
+use rxl_migrate::xl::movable::Unmovable;
 use rxl_xen_sys::abi;
 
 use super::domain::LiveDomain;
@@ -35,6 +37,16 @@ impl LiveDomain {
         let (name, command) = op!(XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY);
         self.shadow_switch(name, command)
     }
+
+    /// The same error, or what it says of a PV guest.
+    fn why_no_log_dirty(&self, error: HvError) -> HvError {
+        match self.facts().map(|facts| Unmovable::in_domain(&facts, true)) {
+            Ok(Some(reason)) => {
+                hv(error.op, io::Error::new(io::ErrorKind::Unsupported, reason.to_string()))
+            }
+            _ => error,
+        }
+    }
 }
 
 impl SourceDomain for LiveDomain {
@@ -44,7 +56,7 @@ impl SourceDomain for LiveDomain {
             // second try tells.
             let off = self.log_dirty_off();
             tracing::debug!(error = %first.source, ?off, "log-dirty was refused at first");
-            self.enable_log_dirty()?;
+            self.enable_log_dirty().map_err(|error| self.why_no_log_dirty(error))?;
         }
         Ok(())
     }

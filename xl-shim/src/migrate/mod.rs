@@ -41,7 +41,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     args.ways(history.fixed_part(&args.domain, &args.host))?.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
-    let guest = Guest::find(&host, &args.domain, config, args.preserve_domid)?;
+    let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, true)?;
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
     let Ended { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());

@@ -10,6 +10,7 @@ use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::handshake::{Message, ReceiverEnd};
 use rxl_migrate::xl::header::Header;
 use rxl_migrate::xl::making::{Done, FAILED, Making};
+use rxl_migrate::xl::movable::Unmovable;
 use rxl_migrate::xl::restoring::{self, RestoreEnd};
 use rxl_migrate::xl::{self, incoming_name};
 use rxl_toolstack::lifecycle::{Lifecycle, LifecycleError};
@@ -170,6 +171,10 @@ impl Making for Arrival<'_> {
         self.screen.line(&words::fill(words::LOADING, &values));
         self.screen.line(&words::fill(words::HAS_CONFIG, &[&" in JSON format"]));
         let mut config = self.configuration(&header)?;
+        // A file is another matter: it may be the only copy.
+        if let Some(reason) = Unmovable::in_config(&config).filter(|_| self.saved.is_none()) {
+            return Err(reason.into());
+        }
         let name = config.name().unwrap_or_default().to_owned();
         anyhow::ensure!(!name.is_empty(), "the domain's configuration has no name");
         let own = config.to_json();

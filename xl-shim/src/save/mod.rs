@@ -47,7 +47,8 @@ pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
     // Nobody who reads the file later could come to a link.
     Ways { workers: args.workers, ..Ways::default() }.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
-    let guest = Guest::find(&host, &args.domain, args.config.as_deref(), args.preserve_domid)?;
+    let config = args.config.as_deref();
+    let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, false)?;
     let file = if to_stdout {
         SaveFile::of(stdout)
     } else {
