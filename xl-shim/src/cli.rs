@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
@@ -83,6 +84,11 @@ pub(crate) enum Verb {
         #[arg(value_name = "DOM")]
         domain: String,
     },
+    /// Have stock xl and libvirt use rxl as well (Debian)
+    ///
+    /// Puts rxl in the place of the save helper of every Xen that is installed, by dpkg-divert, and
+    /// says who is in each place. It stays so when Xen's packages are upgraded.
+    Divert(DivertArgs),
     /// Print a script that completes rxl's command line in SHELL
     Completions {
         /// The shell
@@ -90,7 +96,11 @@ pub(crate) enum Verb {
         shell: clap_complete::Shell,
     },
     /// Print the manual page
-    Man,
+    Man {
+        /// Of that verb only
+        #[arg(value_name = "VERB")]
+        verb: Option<String>,
+    },
     /// Wait for a domain's end and do what its configuration says (run by migrate-receive and
     /// restore)
     #[command(name = "domain-monitor", hide = true)]
@@ -113,6 +123,23 @@ pub(crate) enum Verb {
         #[arg(long)]
         draft: Option<PathBuf>,
     },
+}
+
+/// Options of `divert`.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct DivertArgs {
+    /// Put rxl in the place of xl too, for scripts that call xl; other verbs go to the real xl
+    #[arg(long)]
+    pub(crate) as_xl: bool,
+    /// Put everything back
+    #[arg(long, conflicts_with = "as_xl")]
+    pub(crate) undo: bool,
+    /// Change nothing
+    #[arg(long, conflicts_with_all = ["as_xl", "undo"])]
+    pub(crate) list: bool,
+    /// If it was chosen before, do it for a Xen that was installed since (run by dpkg)
+    #[arg(long, hide = true, conflicts_with_all = ["as_xl", "undo", "list"])]
+    pub(crate) refresh: bool,
 }
 
 /// Options of `migrate`.
@@ -451,11 +478,17 @@ pub(crate) fn completions(shell: clap_complete::Shell) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// The manual page: the program, each verb, and what `xl` would say as well.
-pub(crate) fn man() -> std::io::Result<String> {
+/// The manual page of a verb, or of all: the program, each verb, and what `xl` would say as well.
+pub(crate) fn man(verb: Option<&str>) -> anyhow::Result<String> {
     let mut cli = Cli::command();
     cli.build();
     let mut out = Vec::new();
+    if let Some(name) = verb {
+        let found = cli.get_subcommands().find(|v| v.get_name() == name && !v.is_hide_set());
+        let command = found.with_context(|| format!("rxl has no verb {name}"))?.clone();
+        clap_mangen::Man::new(command).render(&mut out)?;
+        return Ok(String::from_utf8_lossy(&out).into_owned());
+    }
     clap_mangen::Man::new(cli.clone()).render(&mut out)?;
     for verb in cli.get_subcommands().filter(|v| !v.is_hide_set()) {
         let page = clap_mangen::Man::new(verb.clone());

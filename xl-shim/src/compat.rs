@@ -158,6 +158,7 @@ const REST: &[(&str, &str)] = &[
         "rxl's own (xl has one from 4.20 on): lets a domain run on that a migration or a \
       save left suspended",
     ),
+    ("`divert`", "rxl's own: stock `xl` and libvirt use rxl's helper from then on, or scripts rxl"),
     ("all other verbs", "the real xl does them"),
     (
         "messages and exit codes",
@@ -167,7 +168,7 @@ const REST: &[(&str, &str)] = &[
     (
         "as `libxl-save-helper` under stock `xl` or libvirt",
         "save and restore of plain streams; \
-      Remus and COLO are refused",
+      Remus and COLO are handed to libxl's own helper",
     ),
     (
         "stock `xl` sends, rxl receives; rxl sends, stock `xl` receives",

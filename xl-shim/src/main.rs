@@ -6,6 +6,7 @@
 //! - `rxl save`, `rxl restore`: the same with a file ([`save`], [`restore`]);
 //! - many migrations at once ([`evacuate`]);
 //! - libxl's save helper, which moves the memory ([`save_helper`]);
+//! - `rxl divert`: how stock programs come to use it ([`divert`]);
 //! - processes that those start: [`guard`], [`monitor`];
 //! - every other verb is the real `xl`'s ([`passthrough`]).
 //!
@@ -20,6 +21,7 @@ mod cli;
 mod compat;
 mod config;
 mod defaults;
+mod divert;
 mod evacuate;
 mod events;
 #[cfg(test)]
@@ -125,12 +127,13 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::DomainGuard { side, name, domid, draft } => {
             guard::run(globals, *side, name, *domid, draft.as_deref())
         }
+        Verb::Divert(args) => divert::run(args),
         Verb::Completions { shell } => {
             output::stdout(&cli::completions(*shell));
             Ok(Exit::Success)
         }
-        Verb::Man => {
-            output::stdout(&cli::man()?);
+        Verb::Man { verb } => {
+            output::stdout(&cli::man(verb.as_deref())?);
             Ok(Exit::Success)
         }
     }

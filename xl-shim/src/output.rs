@@ -1,7 +1,7 @@
 //! Where all text goes that the program prints. What `xl` prints at the same points is printed as
 //! `xl` prints it ([`crate::words`]), because scripts read it; rxl's own lines begin with `rxl: `.
 //!
-//! Standard output belongs to `rxl help`, `man`, `completions` and to nothing else: for
+//! Standard output belongs to `rxl help`, `man`, `completions`, `divert` and to nothing else: for
 //! `migrate-receive` it is the channel to the sender, for `save` it may be the file.
 
 use std::io::{self, IsTerminal, Write};

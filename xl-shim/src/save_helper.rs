@@ -11,8 +11,6 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use std::{env, iter};
 
 use anyhow::Context;
@@ -69,7 +67,8 @@ pub(crate) fn run(args: &[OsString]) -> anyhow::Result<Exit> {
     match Invocation::parse(args) {
         Ok(Invocation::Save(save)) => run_save(&save)?,
         Ok(Invocation::Restore(restore)) => run_restore(&restore)?,
-        Err(InvocationError::Checkpointed(_)) => return Err(exec_stock(args)),
+        // Nothing has been read or written yet: the stock helper finds all as libxl has left it.
+        Err(InvocationError::Checkpointed(_)) => return Err(passthrough::exec_stock_helper(args)),
         Err(error) => return Err(error.into()),
     }
     Ok(Exit::Success)
@@ -215,16 +214,4 @@ fn event_sink() -> Option<EventSink> {
             let _ = pipe.write_all(&line);
         }
     }))
-}
-
-/// Checkpointed streams are beyond rxl: libxl's own helper takes the place of this process, and
-/// with it the descriptors.
-fn exec_stock(args: &[OsString]) -> anyhow::Error {
-    match passthrough::find_stock_helper() {
-        Some(path) => {
-            let error = Command::new(&path).args(args).exec();
-            anyhow::Error::new(error).context(format!("running {}", path.display()))
-        }
-        None => anyhow::anyhow!("this stream needs libxl's own {NAME}, which is not installed"),
-    }
 }
