@@ -177,7 +177,8 @@ const REST: &[(&str, &str)] = &[
     ),
     ("PV guests, 64-bit", "works; a p2m tree (old kernels) only on the modelled Xen so far"),
     (
-        "PCI passthrough; vNUMA; 32-bit PV guests; PV guests where Xen lacks shadow paging",
+        "PCI passthrough; vNUMA; 32-bit PV guests; PV guests where Xen lacks shadow paging; a \
+      paused guest",
         "refused before anything is sent, not even `ssh` is started, with what to do",
     ),
     (

@@ -169,7 +169,7 @@ impl Lifecycle for FakeHost {
     }
 
     fn facts(&self, _domain: DomId) -> Result<Facts> {
-        let plain = Facts { pv: true, address_bits: 64, shadow_paging: true };
+        let plain = Facts { pv: true, address_bits: 64, shadow_paging: true, paused: false };
         Ok(self.0.facts.lock().unwrap().unwrap_or(plain))
     }
 

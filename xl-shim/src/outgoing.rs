@@ -95,7 +95,7 @@ pub(crate) fn check_movable(
     if let Err(error) = &facts {
         tracing::warn!("{error}");
     }
-    let in_domain = || facts.ok().and_then(|facts| Unmovable::in_domain(&facts, live));
+    let in_domain = || facts.ok().and_then(|facts| Unmovable::in_domain(config, &facts, live));
     Unmovable::in_config(config).or_else(in_domain).map_or(Ok(()), Err)
 }
 

@@ -255,7 +255,8 @@ fn a_guest_that_cannot_be_moved_is_refused_at_either_end() {
     let config = |host: &FakeHost| DomainConfig::parse(&host.config(pair.domid).unwrap()).unwrap();
     let check = |live| check_movable(&pair.source, pair.domid, &config(&pair.source), live);
     assert_eq!(check(true), Ok(()));
-    pair.source.set_facts(Facts { pv: true, address_bits: 64, shadow_paging: false });
+    let facts = pair.source.facts(pair.domid).unwrap();
+    pair.source.set_facts(Facts { shadow_paging: false, ..facts });
     assert_eq!(check(true), Err(Unmovable::NoShadowPaging));
     assert_eq!(check(false), Ok(()));
     pair.source.add_to_config(r#""pcidevs":[{"bus":3}]"#);

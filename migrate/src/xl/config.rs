@@ -77,6 +77,12 @@ impl DomainConfig {
         self.0.get(name)?.as_str()
     }
 
+    /// Whether it is an HVM guest (not PVH).
+    #[must_use]
+    pub fn is_hvm(&self) -> bool {
+        self.0.get("c_info").and_then(|c| c.get("type")).is_some_and(|kind| kind == "hvm")
+    }
+
     /// PCI devices that it has passed through (`pcidevs`).
     #[must_use]
     pub fn pci_devices(&self) -> usize {

@@ -14,6 +14,8 @@ pub struct Facts {
     pub address_bits: u32,
     /// Whether the hypervisor has shadow paging.
     pub shadow_paging: bool,
+    /// Paused by a toolstack.
+    pub paused: bool,
 }
 
 /// Why a guest cannot be moved, and what to do.
@@ -44,6 +46,12 @@ pub enum Unmovable {
          (xl save) and restore it at the target, or make it a PVH guest"
     )]
     NoShadowPaging,
+    /// It is paused, and would have to run to suspend itself.
+    #[error(
+        "it is paused, and so cannot do what it has to do before it is moved; let it run first (xl \
+         unpause)"
+    )]
+    Paused,
 }
 
 impl Unmovable {
@@ -59,10 +67,12 @@ impl Unmovable {
 
     /// What in a domain is in the way. `live`: it is to run while its memory is sent.
     #[must_use]
-    pub fn in_domain(facts: &Facts, live: bool) -> Option<Unmovable> {
+    pub fn in_domain(config: &DomainConfig, facts: &Facts, live: bool) -> Option<Unmovable> {
         match facts {
             Facts { pv: true, address_bits: 32, .. } => Some(Unmovable::Pv32),
             Facts { pv: true, shadow_paging: false, .. } if live => Some(Unmovable::NoShadowPaging),
+            // An HVM guest may be one that nobody asks.
+            Facts { paused: true, .. } if !config.is_hvm() => Some(Unmovable::Paused),
             _ => None,
         }
     }
@@ -87,16 +97,24 @@ mod tests {
     }
 
     #[test]
-    fn pv_guests_need_64_bits_and_shadow_paging_if_they_run_meanwhile() {
-        let pv = Facts { pv: true, address_bits: 64, shadow_paging: true };
-        assert_eq!(Unmovable::in_domain(&pv, true), None);
+    fn pv_guests_need_64_bits_and_shadow_paging_if_they_run_and_most_guests_have_to_run() {
+        let config = |kind: &str| {
+            let json = format!(r#"{{"c_info":{{"name":"web","type":"{kind}"}}}}"#);
+            DomainConfig::parse(&json).unwrap()
+        };
+        let refused = |facts: &Facts, live| Unmovable::in_domain(&config("pv"), facts, live);
+        let pv = Facts { pv: true, address_bits: 64, shadow_paging: true, paused: false };
+        assert_eq!(refused(&pv, true), None);
         let no_shadow = Facts { shadow_paging: false, ..pv };
-        assert_eq!(Unmovable::in_domain(&no_shadow, true), Some(Unmovable::NoShadowPaging));
-        assert_eq!(Unmovable::in_domain(&no_shadow, false), None);
+        assert_eq!(refused(&no_shadow, true), Some(Unmovable::NoShadowPaging));
+        assert_eq!(refused(&no_shadow, false), None);
         let pv32 = Facts { address_bits: 32, ..pv };
-        assert_eq!(Unmovable::in_domain(&pv32, false), Some(Unmovable::Pv32));
+        assert_eq!(refused(&pv32, false), Some(Unmovable::Pv32));
         // 32: what a PVH guest that has just begun may say.
-        let pvh = Facts { pv: false, address_bits: 32, shadow_paging: false };
-        assert_eq!(Unmovable::in_domain(&pvh, true), None);
+        let pvh = Facts { pv: false, address_bits: 32, shadow_paging: false, paused: false };
+        assert_eq!(refused(&pvh, true), None);
+        let paused = Facts { paused: true, ..pvh };
+        let refused = |kind| Unmovable::in_domain(&config(kind), &paused, false);
+        assert_eq!((refused("pvh"), refused("hvm")), (Some(Unmovable::Paused), None));
     }
 }

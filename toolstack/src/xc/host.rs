@@ -22,16 +22,13 @@ impl LiveDomain {
     /// # Errors
     /// The hypercalls'.
     pub fn facts(&self) -> HvResult<Facts> {
-        let pv = !self.info()?.hvm;
+        let info = self.info()?;
+        let pv = !info.hvm;
         let address_bits = if pv { self.address_bits()? } else { 64 };
-        Ok(Facts { pv, address_bits, shadow_paging: has_shadow_paging(&self.xen)? })
+        let capabilities = physinfo(&self.xen)?.capabilities;
+        let shadow_paging = capabilities & abi::XEN_SYSCTL_PHYSCAP_shadow != 0;
+        Ok(Facts { pv, address_bits, shadow_paging, paused: info.paused })
     }
-}
-
-/// Whether the hypervisor has shadow paging.
-pub(super) fn has_shadow_paging(xen: &Hypercalls) -> HvResult<bool> {
-    let capabilities = physinfo(xen)?.capabilities;
-    Ok(capabilities & abi::XEN_SYSCTL_PHYSCAP_shadow != 0)
 }
 
 fn physinfo(xen: &Hypercalls) -> HvResult<abi::xen_sysctl_physinfo> {

@@ -14,7 +14,7 @@ use rxl_migrate::frame::PageType;
 use rxl_migrate::hypervisor::{
     BATCH_PAGES_MAX, CpuPolicy, HvError, HvResult, SourceDomain, TscInfo, VcpuState,
 };
-use rxl_migrate::xl::movable::Unmovable;
+use rxl_migrate::xl::movable::{Facts, Unmovable};
 use rxl_xen_sys::abi;
 
 use super::domain::LiveDomain;
@@ -40,9 +40,10 @@ impl LiveDomain {
 
     /// The same error, or what it says of a PV guest.
     fn why_no_log_dirty(&self, error: HvError) -> HvError {
-        match self.facts().map(|facts| Unmovable::in_domain(&facts, true)) {
-            Ok(Some(reason)) => {
-                hv(error.op, io::Error::new(io::ErrorKind::Unsupported, reason.to_string()))
+        match self.facts() {
+            Ok(Facts { pv: true, shadow_paging: false, .. }) => {
+                let reason = Unmovable::NoShadowPaging.to_string();
+                hv(error.op, io::Error::new(io::ErrorKind::Unsupported, reason))
             }
             _ => error,
         }
