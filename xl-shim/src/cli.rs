@@ -111,18 +111,25 @@ pub(crate) enum Verb {
     /// Put things right if the rxl it belongs to is killed (run by migrate, migrate-receive, save
     /// and restore)
     #[command(name = "domain-guard", hide = true)]
-    DomainGuard {
-        /// Which end it belongs to
-        #[arg(value_enum)]
-        side: crate::guard::Side,
-        /// Name of the domain
-        name: String,
-        /// Number, at the source
-        domid: Option<u16>,
-        /// An unfinished file to remove
-        #[arg(long)]
-        draft: Option<PathBuf>,
-    },
+    DomainGuard(GuardArgs),
+}
+
+/// Arguments of `domain-guard`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct GuardArgs {
+    /// Which end it belongs to
+    #[arg(value_enum)]
+    pub(crate) side: crate::guard::Side,
+    /// Name of the domain
+    pub(crate) name: String,
+    /// Number, at the source
+    pub(crate) domid: Option<u16>,
+    /// An unfinished file to remove
+    #[arg(long)]
+    pub(crate) draft: Option<PathBuf>,
+    /// The host that the domain is sent to
+    #[arg(long)]
+    pub(crate) to: Option<String>,
 }
 
 /// Options of `divert`.

@@ -9,13 +9,15 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
-use rxl_migrate::xl::{away_name, guard};
+use rxl_migrate::xl::away_name;
+use rxl_migrate::xl::guard::{self, Duty};
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::Exit;
-use crate::cli::Globals;
+use crate::cli::{Globals, GuardArgs};
 use crate::host::{self, Progress};
 use crate::lock::Lock;
+use crate::migrate::by_hand;
 use crate::output::{self, Screen};
 
 /// Which end a guard belongs to.
@@ -36,6 +38,8 @@ pub(crate) enum Ward<'a> {
         name: &'a str,
         /// The file that it is written to and that has no name of its own yet.
         draft: Option<&'a Path>,
+        /// The host that it is sent to.
+        to: Option<&'a str>,
     },
     /// A copy of that name that is made.
     Copy(&'a str),
@@ -71,9 +75,12 @@ impl Guard {
         let mut command = Command::new(env::current_exe()?);
         command.arg("domain-guard");
         match ward {
-            Ward::Leaving { domid, name, draft } => {
+            Ward::Leaving { domid, name, draft, to } => {
                 if let Some(draft) = draft {
                     command.arg("--draft").arg(draft);
+                }
+                if let Some(to) = to {
+                    command.arg("--to").arg(to);
                 }
                 command.args(["source", "--", name, &domid.to_string()]);
             }
@@ -87,15 +94,19 @@ impl Guard {
         Ok(Guard(pipe.map(|pipe| (child, pipe))))
     }
 
-    /// It may no longer do anything.
+    /// It may no longer do anything, but tell the user if its owner dies.
     pub(crate) fn stand_down(&mut self) {
+        self.say(guard::STAND_DOWN);
+    }
+
+    fn say(&mut self, word: &[u8]) {
         if let Some((_, pipe)) = &mut self.0 {
             // A guard that is gone does nothing either.
-            let _ = pipe.write_all(guard::STAND_DOWN);
+            let _ = pipe.write_all(word);
         }
     }
 
-    /// It has to act, unless it has been told to stand down: its owner does not know how to go on.
+    /// It has to act, or to tell if it has stood down: its owner does not know how to go on.
     pub(crate) fn abandon(&mut self) {
         self.0 = None;
     }
@@ -104,7 +115,7 @@ impl Guard {
 /// It is over, and nothing is left to put right.
 impl Drop for Guard {
     fn drop(&mut self) {
-        self.stand_down();
+        self.say(guard::OVER);
         if let Some((mut child, pipe)) = self.0.take() {
             drop(pipe);
             let _ = child.wait();
@@ -113,24 +124,27 @@ impl Drop for Guard {
 }
 
 /// The guard process.
-pub(crate) fn run(
-    globals: &Globals,
-    side: Side,
-    name: &str,
-    domid: Option<u16>,
-    draft: Option<&Path>,
-) -> anyhow::Result<Exit> {
+pub(crate) fn run(globals: &Globals, ward: &GuardArgs) -> anyhow::Result<Exit> {
     // Away from the terminal, whose Ctrl-C is for the owner to judge.
     rustix::process::setsid().context("leaving the session")?;
-    if !guard::is_needed(&mut io::stdin()) {
+    let GuardArgs { side, name, domid, draft, to } = ward;
+    let duty = guard::duty(&mut io::stdin());
+    if duty == Duty::Nothing || duty == Duty::Tell && *side == Side::Target {
+        // What a receiver leaves there, the sender's user is told of.
         return Ok(Exit::Success);
     }
-    if let Some(draft) = draft {
+    if let Some(draft) = draft.as_deref().filter(|_| duty == Duty::Act) {
         remove(draft);
     }
     let host = host::open(globals, Progress::Silent)?;
-    match (side, domid) {
-        (Side::Source, Some(domid)) => keep(&host, DomId(domid), name)?,
+    match (side, domid.map(DomId)) {
+        (Side::Source, Some(domid)) if duty == Duty::Tell => {
+            if let Some(advice) = advice(&host, domid, name, to.as_deref()) {
+                output::stderr(&advice);
+            }
+            return Ok(Exit::Success);
+        }
+        (Side::Source, Some(domid)) => keep(&host, domid, name)?,
         (Side::Source, None) => bail!("which domain?"),
         (Side::Target, _) => clear(&host, name)?,
     }
@@ -138,6 +152,27 @@ pub(crate) fn run(
         "rxl: the rxl that moved, saved or restored {name} was killed; its guard has cleaned up"
     ));
     Ok(Exit::Success)
+}
+
+/// What the user has to do with a domain whose rxl was killed when the other copy could run
+/// already; `None` if the domain is not suspended here.
+fn advice(host: &dyn Lifecycle, domid: DomId, name: &str, to: Option<&str>) -> Option<String> {
+    if matches!(host.state(domid), Ok(state) if state != DomainState::Suspended) {
+        return None;
+    }
+    let here = host.name(domid).unwrap_or_else(|_| away_name(name));
+    Some(match to {
+        Some(target) => format!(
+            "rxl: the rxl that moved {name} was killed after {target} had been permitted to start \
+             it\n{}",
+            by_hand(name, target, &here)
+        ),
+        None => format!(
+            "rxl: the rxl that saved {name} was killed when the file was complete; {name} is \
+             still here, suspended.\nrxl: It must not run any more if the file is to be used: xl \
+             destroy {here}\nrxl: If not, remove the file, then: rxl resume {here}"
+        ),
+    })
 }
 
 /// Removes an unfinished file, if it has not got its name; the save helper may write to it for a
@@ -227,6 +262,20 @@ mod tests {
         remove(&draft);
         assert!(!draft.exists());
         remove(&draft);
+    }
+
+    #[test]
+    fn after_the_permission_to_start_the_user_is_told_what_only_the_user_can_find_out() {
+        let host = FakeHost::default();
+        let domid = host.add("web--migratedaway", Condition::Suspended);
+        let text = advice(&host, domid, "web", Some("host2")).unwrap();
+        assert!(text.contains("was killed after host2 had been permitted"), "{text}");
+        assert!(text.contains("Look there: xl list web\n"), "{text}");
+        assert!(text.ends_with("then here: rxl resume web--migratedaway"), "{text}");
+        let saved = advice(&host, domid, "web", None).unwrap();
+        assert!(saved.contains("remove the file, then: rxl resume"), "{saved}");
+        let domid = host.add("db", Condition::Runs);
+        assert_eq!(advice(&host, domid, "db", Some("host2")), None);
     }
 
     #[test]

@@ -124,9 +124,7 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::Evacuate(args) => evacuate::run(globals, args),
         Verb::Resume { domain } => resume::run(globals, domain),
         Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
-        Verb::DomainGuard { side, name, domid, draft } => {
-            guard::run(globals, *side, name, *domid, draft.as_deref())
-        }
+        Verb::DomainGuard(ward) => guard::run(globals, ward),
         Verb::Divert(args) => divert::run(args),
         Verb::Completions { shell } => {
             output::stdout(&cli::completions(*shell));

@@ -14,7 +14,8 @@
 //!
 //! It does neither once it has been told to stand down, which its owner does *before* it tries to
 //! write Go or to give a file its name, and when it has received Go: from then on the other copy
-//! may run.
+//! may run. Should its owner die after that, only the user can find out where the guest is: the
+//! guard says so ([`Duty::Tell`]).
 //!
 //! A guard that acts must not meet another migration of the same domain: it would let a guest run
 //! on that the other has suspended, or destroy the other's copy. So a guard holds what its owner
@@ -24,8 +25,21 @@
 
 use std::io::{self, Read};
 
-/// Any byte on the pipe from the owner: nothing is left to put right.
+/// On the pipe from the owner: from now on the other copy may run.
 pub const STAND_DOWN: &[u8] = b"x";
+/// The same: it is over, and whatever there was to say has been said.
+pub const OVER: &[u8] = b".";
+
+/// What a guard has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Duty {
+    /// Put things right.
+    Act,
+    /// Tell the user, who alone can find out where the guest may run.
+    Tell,
+    /// Nothing.
+    Nothing,
+}
 
 /// What a guard asks of its host.
 pub trait Keeper {
@@ -54,15 +68,17 @@ pub trait Keeper {
     fn resume(&mut self) -> Result<(), Self::Error>;
 }
 
-/// Waits for a word or the end of `owner`. True: there is something to do.
-pub fn is_needed(owner: &mut impl Read) -> bool {
+/// Waits for the last word or the end of `owner`.
+pub fn duty(owner: &mut impl Read) -> Duty {
+    let mut left = Duty::Act;
     let mut word = [0];
     loop {
         match owner.read(&mut word) {
-            Ok(0) => return true,
-            Ok(_) => return false,
+            Ok(0) => return left,
+            Ok(_) if word == *OVER => return Duty::Nothing,
+            Ok(_) => left = Duty::Tell,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return true,
+            Err(_) => return left,
         }
     }
 }
@@ -154,8 +170,11 @@ mod tests {
     }
 
     #[test]
-    fn a_guard_acts_only_if_its_owner_goes_without_a_word() {
-        assert!(is_needed(&mut io::empty()));
-        assert!(!is_needed(&mut STAND_DOWN.repeat(2).as_slice()));
+    fn a_guard_acts_if_its_owner_goes_without_a_word_and_tells_if_it_goes_in_between() {
+        let after = |words: &[&[u8]]| duty(&mut words.concat().as_slice());
+        assert_eq!(after(&[]), Duty::Act);
+        assert_eq!(after(&[STAND_DOWN]), Duty::Tell);
+        assert_eq!(after(&[STAND_DOWN, OVER]), Duty::Nothing);
+        assert_eq!(after(&[OVER]), Duty::Nothing);
     }
 }

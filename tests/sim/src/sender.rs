@@ -8,10 +8,11 @@ use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::SourceDomain;
 use rxl_migrate::xl::channel::{self, Direction, Ends, Heard, Ready, Said, Until};
 use rxl_migrate::xl::departure::{self, Departing};
+use rxl_migrate::xl::guard::{self, Duty};
 use rxl_migrate::xl::handshake::{Message, SenderEnd};
 use rxl_migrate::xl::header::Header;
 use rxl_migrate::xl::leaving::Leaving;
-use rxl_migrate::xl::{Gate, away_name, guard};
+use rxl_migrate::xl::{Gate, away_name};
 
 use crate::libxl;
 use crate::machine::NAME;
@@ -83,8 +84,8 @@ impl Guard {
         let deaf = owner.world().plan.plant == Some(Plant::GuardIsDeaf);
         let body = move |p: &Process<'_>| {
             let mut input = File { process: p, pipe };
-            while deaf && !guard::is_needed(&mut input) {}
-            if guard::is_needed(&mut input) {
+            while deaf && guard::duty(&mut input) == Duty::Nothing {}
+            if guard::duty(&mut input) == Duty::Act {
                 p.world().facts.coverage.count(format!("{role:?} acts"));
                 body(p);
             }
@@ -105,7 +106,7 @@ impl Guard {
 
     /// Over, and nothing is left to put right.
     pub(crate) fn finish(self, owner: &Process<'_>) {
-        self.stand_down(owner);
+        let _ = owner.write(self.pipe, guard::OVER);
         owner.close(self.pipe, End::Write);
         owner.wait([Cond::Ended(self.process), Cond::Never, Cond::Never, Cond::Never]);
     }

@@ -60,15 +60,20 @@ impl Conclusion<'_> {
             )),
             SenderEnd::Uncertain(_) => {
                 screen.line(words::UNDEFINED);
-                screen.line(&format!(
-                    "rxl: {why}\n\
-                     rxl: {guest} stays suspended here as {away}, because it may run on {target}.\n\
-                     rxl: Look there: xl list {guest}\n\
-                     rxl: - if it is there and runs, destroy the copy here: xl destroy {away}\n\
-                     rxl: - if not, destroy there what is left of it ({guest} or \
-                     {guest}--incoming), then here: rxl resume {away}"
-                ));
+                screen.line(&format!("rxl: {why}\n{}", by_hand(guest, target, &away)));
             }
         }
     }
+}
+
+/// What is left to do for the user of a guest that may run on `target`, and is suspended here
+/// under the name `here`.
+pub(crate) fn by_hand(guest: &str, target: &str, here: &str) -> String {
+    format!(
+        "rxl: {guest} stays suspended here as {here}, because it may run on {target}.\n\
+         rxl: Look there: xl list {guest}\n\
+         rxl: - if it is there and runs, destroy the copy here: xl destroy {here}\n\
+         rxl: - if not, destroy there what is left of it ({guest} or {guest}--incoming), then \
+         here: rxl resume {here}"
+    )
 }

@@ -25,7 +25,7 @@ use crate::report::{Facts, Outcome, Report, Target};
 use crate::timeline::{Mark, Timeline};
 use crate::transport::{self, Rune, Transport};
 
-pub(crate) use conclusion::Conclusion;
+pub(crate) use conclusion::{Conclusion, by_hand};
 pub(crate) use driver::{Departure, ToHost};
 
 /// Moves the domain. The exit code says where it runs: 0 at the target, else here (if anywhere).
@@ -76,7 +76,7 @@ fn depart(
     let too_late = too_late(&guest.name, &args.host);
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
     let Guest { name, domid, .. } = guest;
-    let ward = Ward::Leaving { domid: *domid, name, draft: None };
+    let ward = Ward::Leaving { domid: *domid, name, draft: None, to: Some(&args.host) };
     let guard = Guard::start(ward, &guest.lock, screen);
     let (transport, input, output) = Transport::start(&rune.command())?;
     // To the save helper, not to the transport, which may stay.
