@@ -99,7 +99,7 @@ fn unharmed(session: &Session, guest: &str) -> Result<()> {
 }
 
 /// Whether Xen logs the writes of a domain, from the description that debug key q prints.
-fn log_dirty(host: &Host, guest: &str) -> Result<bool> {
+pub(crate) fn log_dirty(host: &Host, guest: &str) -> Result<bool> {
     let domid = host.run(&format!("xl domid {guest}"))?;
     let text = host.run("xl debug-keys q && sleep 1 && xl dmesg")?;
     let title = format!("General information for domain {}:", domid.trim());

@@ -237,7 +237,7 @@ fn domains(host: &Host) -> Result<Vec<String>> {
 }
 
 /// Whether a domain is the guest or a copy of it that a migration made.
-fn is_or_was(name: &str, guest: &str) -> bool {
+pub(crate) fn is_or_was(name: &str, guest: &str) -> bool {
     name.strip_prefix(guest).is_some_and(|suffix| suffix.is_empty() || suffix.starts_with("--"))
 }
 

@@ -17,7 +17,7 @@ pub const RXL_PATH: &str = "/usr/local/bin/rxl";
 pub const HELPER_PATH: &str = "/usr/local/lib/rxl/libxl-save-helper";
 
 /// Where other programs of this tree go.
-const EXAMPLES_DIR: &str = "/usr/local/lib/rxl-lab";
+const PROGRAMS_DIR: &str = "/usr/local/lib/rxl-lab";
 
 impl Lab {
     /// Builds rxl for release and installs it on every host, with its link as libxl's helper.
@@ -37,10 +37,21 @@ impl Lab {
     /// Builds an example of a package of this tree for release and installs it on every host;
     /// gives its path there.
     pub fn push_example(&self, package: &str, example: &str) -> Result<String> {
-        let path = format!("{EXAMPLES_DIR}/{example}");
+        let path = format!("{PROGRAMS_DIR}/{example}");
         step(&format!("built and installed {example}"), || {
             build(&["--package", package, "--example", example])?;
             self.install(&format!("examples/{example}"), &path)
+        })?;
+        Ok(path)
+    }
+
+    /// Builds the program of a package of this tree that has its name, for release, and installs
+    /// it on every host; gives its path there.
+    pub fn push_program(&self, package: &str) -> Result<String> {
+        let path = format!("{PROGRAMS_DIR}/{package}");
+        step(&format!("built and installed {package}"), || {
+            build(&["--package", package])?;
+            self.install(package, &path)
         })?;
         Ok(path)
     }

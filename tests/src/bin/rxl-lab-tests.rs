@@ -55,10 +55,11 @@ enum Suite {
     },
     /// Migrations that have to fail without harm to the guest
     BadInput,
-    /// Workers, connections and NICs are lost while guests move over four NICs
-    Failures,
     /// Six guests leave a host for two others, one of which fails
     Evacuate,
+    /// Everything that takes part in a migration is killed or cut at each of its phases; then
+    /// workers, connections and NICs are lost while guests move over four NICs
+    Failures(failures::Options),
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -82,16 +83,12 @@ fn main() -> ExitCode {
             soak::run(tally, session, rounds);
         }),
         Some(Suite::BadInput) => in_lab(&mut tally, bad_input::run),
-        Some(Suite::Failures) => {
-            if let Some(session) = tally.case("the lab is up, with rxl on it", failures::open) {
-                failures::run(&mut tally, &session);
-            }
-        }
         Some(Suite::Evacuate) => {
             if let Some(session) = tally.case("the lab is up, with rxl on it", evacuate::open) {
                 evacuate::run(&mut tally, &session);
             }
         }
+        Some(Suite::Failures(options)) => failures::run(&mut tally, &options),
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()

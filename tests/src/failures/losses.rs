@@ -8,16 +8,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rxl_lab::{GuestKind, GuestSpec, Host, Shape};
 
+use super::start_again;
 use crate::background::Background;
-use crate::lab::{Session, describe, spec};
+use crate::lab::{Session, describe};
 use crate::tally::{Tally, note};
 
 /// NICs of each host, and connections: one over each.
 const NICS: u8 = 4;
 /// Rate of each NIC: slow enough that a moment is not over when it has been seen to come.
 const RATE: &str = "20mbit";
-/// Pages that a guest rewrites per second.
-const DIRTY_PAGES_PER_S: u64 = 200;
 /// How long a migration may take in emulation.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(240);
 /// How long it may take until a moment has come.
@@ -61,36 +60,53 @@ const BLOWS: [Blow; 8] = [
 /// Puts NICs right again.
 const REPAIR: &str = "for n in 1 2 3; do ip link set eth$n up; done";
 
-/// Opens a lab of the shape that it takes, and slows its NICs down.
+/// One migration in which something is lost.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loss {
+    pub(super) kind: GuestKind,
+    moment: Moment,
+    when: &'static str,
+    blow: Blow,
+}
+
+impl Loss {
+    /// For a person, and for `--only`.
+    pub(super) fn name(&self) -> String {
+        format!("{}: {} {}", self.kind.to_string().to_uppercase(), self.blow.0, self.when)
+    }
+}
+
+/// All of them, those of a kind of guest after each other.
+pub(super) fn all() -> Vec<Loss> {
+    let of_kind = |kind| {
+        Moment::ALL.into_iter().flat_map(move |(moment, when)| {
+            BLOWS.into_iter().map(move |blow| Loss { kind, moment, when, blow })
+        })
+    };
+    [GuestKind::Pv, GuestKind::Pvh].into_iter().flat_map(of_kind).collect()
+}
+
+/// Opens a lab of the shape that it takes.
 ///
 /// # Errors
 /// It does not come up, or one of another shape is up.
-pub fn open() -> Result<Session> {
+pub(super) fn open() -> Result<Session> {
     let session = Session::open_shaped(Shape { nics: NICS, ..Shape::default() })?;
     session.lab().push_rxl()?;
-    session.lab().set_nic_rates(&vec![RATE.to_owned(); NICS.into()])?;
     Ok(session)
 }
 
-/// Runs all of it.
-pub fn run(tally: &mut Tally, session: &Session) {
-    for kind in [GuestKind::Pv, GuestKind::Pvh] {
-        let label = kind.to_string().to_uppercase();
-        let name = format!("lost-{kind}");
-        let spec = GuestSpec { dirty_pages_per_s: DIRTY_PAGES_PER_S, ..spec(&name, kind) };
-        tally.case(&format!("{label}: start"), || session.start_spec(&spec));
-        for (moment, when) in Moment::ALL {
-            for blow in BLOWS {
-                let what = format!("{label}: {} {when}", blow.0);
-                let done = tally.case(&what, || survives(session, &spec, moment, blow));
-                if done.is_none() {
-                    // The next one needs a guest.
-                    let again = format!("{label}: start again");
-                    tally.case(&again, || session.start_spec(&spec));
-                }
-            }
+/// Moves the guest through all of `losses`, over slow NICs.
+pub(super) fn run(tally: &mut Tally, session: &Session, spec: &GuestSpec, losses: &[&Loss]) {
+    if losses.is_empty() {
+        return;
+    }
+    let rates = vec![RATE.to_owned(); NICS.into()];
+    tally.case("slow NICs", || session.lab().set_nic_rates(&rates));
+    for loss in losses {
+        if tally.case(&loss.name(), || survives(session, spec, loss.moment, loss.blow)).is_none() {
+            start_again(tally, session, spec);
         }
-        tally.case(&format!("{label}: stop"), || session.remove(&name));
     }
     tally.case("NICs as fast as before", || session.lab().set_nic_rates(&[]));
 }
