@@ -2,7 +2,7 @@
 //!
 //! What it is: stream formats ([`stream`]), the sender ([`source`]), the receiver ([`target`]),
 //! x86 specifics ([`x86`]), `xl`'s wire protocol ([`xl`]), the protocol between libxl and its save
-//! helper ([`helper`]) and the events of a migration ([`report`], [`counters`]).
+//! helper ([`helper`]) and the events of a migration ([`report`], [`counters`], [`progress`]).
 //!
 //! What it is not: it opens no device, spawns nothing and issues no hypercall. All that it needs
 //! of Xen is in the traits of [`hypervisor`], so it builds, tests and fuzzes where no Xen library
@@ -30,6 +30,7 @@ pub mod fake;
 pub mod frame;
 pub mod helper;
 pub mod hypervisor;
+pub mod progress;
 pub mod report;
 mod runs;
 pub mod source;

@@ -63,7 +63,7 @@ pub enum Event {
         /// Pages to look at.
         pages: u64,
     },
-    /// Part of a pass is done (a few times a second at most).
+    /// Part of a pass is done (ten times a second at most).
     PassProgress {
         /// 0-based.
         pass: u32,
@@ -71,8 +71,11 @@ pub enum Event {
         done: u64,
         /// Pages to look at in this pass.
         pages: u64,
-        /// Bytes of the stream so far, all passes.
+        /// Bytes of the stream and of all links so far, all passes.
         bytes: u64,
+        /// Those of each link that there is, by its number.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        links: Vec<(u8, u64)>,
     },
     /// A pass is over.
     PassEnded {
@@ -113,7 +116,8 @@ pub enum Event {
         /// The rest.
         counters: Counters,
     },
-    /// The policy decides to suspend the guest, and expects a pause that long.
+    /// The policy has looked at what is left, and expects a pause that long if it suspends the
+    /// guest now; the last one is that of its decision to do so.
     PauseExpected {
         /// Milliseconds.
         ms: u64,
@@ -183,7 +187,8 @@ mod tests {
 
     #[test]
     fn events_are_kept_but_for_progress_and_lines_that_are_none_are_skipped() {
-        let progress = |done| Event::PassProgress { pass: 0, done, pages: 9, bytes: 1 };
+        let progress =
+            |done| Event::PassProgress { pass: 0, done, pages: 9, bytes: 1, links: vec![] };
         let all = [Event::SuspendAsked, progress(1), progress(2), Event::Suspended, progress(3)];
         let mut text = String::new();
         for (t_ns, event) in (0..).zip(all) {

@@ -89,6 +89,20 @@ pub(crate) enum Verb {
     /// Puts rxl in the place of the save helper of every Xen that is installed, by dpkg-divert, and
     /// says who is in each place. It stays so when Xen's packages are upgraded.
     Divert(DivertArgs),
+    /// Show what is being migrated, saved and restored here, and what was
+    Status(StatusArgs),
+    /// Cancel the migration, save or restore of a domain, as Ctrl-C would, and wait for its end
+    ///
+    /// A domain that was to leave runs on here; of one that was to come nothing is left.
+    #[command(after_help = "\
+A second time it does not wait for the guest any more.\n\n\
+Exit codes: 0 it is cancelled; 1 it is not: there is none, or it is too late, or it failed \
+meanwhile; 2 wrong usage.")]
+    Cancel {
+        /// Name, number or UUID
+        #[arg(value_name = "DOM")]
+        domain: String,
+    },
     /// Print a script that completes rxl's command line in SHELL
     Completions {
         /// The shell
@@ -373,6 +387,17 @@ pub(crate) struct EvacuateArgs {
     /// Options of `rxl migrate` for every domain
     #[arg(last = true, value_name = "OPTIONS of rxl migrate")]
     pub(crate) options: Vec<String>,
+}
+
+/// Options of `status`.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// As JSON, in one line
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Look again every second, until Ctrl-C
+    #[arg(long)]
+    pub(crate) watch: bool,
 }
 
 /// What to do with a command line.

@@ -159,6 +159,7 @@ const REST: &[(&str, &str)] = &[
       save left suspended",
     ),
     ("`divert`", "rxl's own: stock `xl` and libvirt use rxl's helper from then on, or scripts rxl"),
+    ("`status` `cancel`", "rxl's own: what is under way on this host, and its end"),
     ("all other verbs", "the real xl does them"),
     (
         "messages and exit codes",

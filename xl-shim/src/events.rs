@@ -13,6 +13,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rxl_migrate::report::{self, Event, Stamped};
 
 use crate::output::Screen;
+use crate::status::Board;
 
 /// Names the descriptor that the helper writes its events to.
 pub(crate) const ENV_FD: &str = "RXL_EVENTS_FD";
@@ -48,12 +49,18 @@ impl EventsPipe {
     }
 
     /// Starts to read, and lets every child inherit the writing end from now on. `bar`: progress
-    /// is drawn on `screen`.
-    pub(crate) fn open(self, screen: Screen, bar: bool) -> io::Result<(Events, EventsWriter)> {
+    /// is drawn on `screen`. `board` is shown every event.
+    pub(crate) fn open(
+        self,
+        screen: Screen,
+        bar: bool,
+        board: Board,
+    ) -> io::Result<(Events, EventsWriter)> {
         let EventsPipe { reader, writer } = self;
         rustix::io::fcntl_setfd(&writer, FdFlags::empty())?;
         let run = move || {
             let events = report::read_lines(File::from(reader), |event| {
+                board.see(event);
                 if bar {
                     draw(&screen, event);
                 }
@@ -79,7 +86,7 @@ fn draw(screen: &Screen, stamped: &Stamped) {
         Event::PassStarted { pass, last, pages } => {
             screen.progress(&label(*pass, *last), 0, *pages, "");
         }
-        Event::PassProgress { pass, done, pages, bytes } => {
+        Event::PassProgress { pass, done, pages, bytes, .. } => {
             let text = format!("{done}/{pages} pages, {} MiB sent", bytes >> 20);
             screen.progress(&label(*pass, false), *done, *pages, &text);
         }
@@ -101,7 +108,7 @@ mod tests {
     fn reading_ends_when_the_helper_and_rxl_have_closed_the_pipe() {
         let pipe = EventsPipe::new().unwrap();
         let number = std::os::fd::AsRawFd::as_raw_fd(&pipe.writer());
-        let (events, writer) = pipe.open(Screen::buffer(), true).unwrap();
+        let (events, writer) = pipe.open(Screen::buffer(), true, Board::default()).unwrap();
         let child = std::process::Command::new("sh")
             .args([
                 "-c",

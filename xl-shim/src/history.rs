@@ -1,8 +1,8 @@
-//! Reports of earlier migrations from this host, for those who look back, and for what the next
-//! one can learn: how much of a pause is not memory.
+//! Reports of earlier migrations and saves from this host, for those who look back, and for what
+//! the next one can learn: how much of a pause is not memory.
 //!
-//! A file each, the newest [`KEPT`]. Their names are the time of the migration's end, in
-//! milliseconds since 1970, so that sorted by name they are sorted by time.
+//! A file each, the newest [`KEPT`]. Their names are the time of the end, in milliseconds since
+//! 1970, so that sorted by name they are sorted by time.
 
 use std::fs;
 use std::io::Write;
@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
-use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 
-use crate::report::{Outcome, Report};
+use crate::report::{Outcome, Report, Target};
 
 /// Where they are.
 const DIRECTORY: &str = "/var/lib/rxl/reports";
@@ -25,18 +26,44 @@ const REPORT_BYTES_MAX: u64 = 1 << 20;
 pub(crate) struct History(PathBuf);
 
 /// What is read of a report.
-#[derive(Deserialize)]
-struct Kept {
-    domain: String,
-    host: String,
-    outcome: Outcome,
-    pause_ms: Option<f64>,
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    /// When it was over, in milliseconds since 1970.
+    #[serde(default)]
+    pub(crate) ended_unix_ms: u64,
+    pub(crate) domain: String,
+    /// Where it went: `host` or `file`.
+    #[serde(flatten)]
+    pub(crate) target: Target,
+    pub(crate) outcome: Outcome,
+    #[serde(default)]
+    pub(crate) cause: Vec<String>,
+    #[serde(default)]
+    pub(crate) total_ms: f64,
+    pub(crate) pause_ms: Option<f64>,
+    pub(crate) bytes: Option<u64>,
+    pub(crate) rate_mib_s: Option<f64>,
+    /// How many there were.
+    #[serde(default, deserialize_with = "count")]
+    pub(crate) passes: usize,
+    /// How many connections beside the stream.
+    #[serde(default, rename(deserialize = "links"), deserialize_with = "count")]
+    pub(crate) connections: usize,
+    /// The whole report.
+    #[serde(default)]
+    pub(crate) report: PathBuf,
+    #[serde(default, skip_serializing)]
     pause: Option<KeptPause>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 struct KeptPause {
     last_pass_ms: f64,
+}
+
+/// How many elements there are.
+fn count<'de, D: Deserializer<'de>>(list: D) -> Result<usize, D::Error> {
+    Ok(Vec::<IgnoredAny>::deserialize(list)?.len())
 }
 
 impl History {
@@ -68,14 +95,20 @@ impl History {
     pub(crate) fn fixed_part(&self, domain: &str, target: &str) -> Option<Duration> {
         let reports = || {
             let all = self.files().into_iter().filter_map(|path| read(&path));
-            all.filter(|report| report.outcome == Outcome::Moved && report.host == target)
+            let went = Target::Host(target.to_owned());
+            all.filter(move |report| report.outcome == Outcome::Moved && report.target == went)
         };
-        let fixed = |report: Kept| {
+        let fixed = |report: Entry| {
             let ms = report.pause_ms? - report.pause?.last_pass_ms;
             Duration::try_from_secs_f64(ms / 1000.0).ok()
         };
         let same = reports().filter(|report| report.domain == domain).find_map(fixed);
         same.or_else(|| reports().find_map(fixed))
+    }
+
+    /// What there is, the newest first.
+    pub(crate) fn entries(&self) -> Vec<Entry> {
+        self.files().into_iter().filter_map(|path| read(&path)).collect()
     }
 
     /// Those that there are, the newest first.
@@ -89,17 +122,39 @@ impl History {
 }
 
 /// `None`: it is no report that this version understands.
-fn read(path: &Path) -> Option<Kept> {
+fn read(path: &Path) -> Option<Entry> {
     let size = fs::metadata(path).ok()?.len();
     let text = (size <= REPORT_BYTES_MAX).then(|| fs::read(path).ok()).flatten()?;
-    let report = serde_json::from_slice(&text);
-    report.inspect_err(|error| tracing::debug!(%error, "{}", path.display())).ok()
+    let entry = serde_json::from_slice(&text);
+    let entry: Entry =
+        entry.inspect_err(|error| tracing::debug!(%error, "{}", path.display())).ok()?;
+    let ended = path.file_stem().and_then(|name| name.to_str()?.parse().ok());
+    Some(Entry { ended_unix_ms: ended.unwrap_or_default(), report: path.to_owned(), ..entry })
+}
+
+#[cfg(test)]
+pub(crate) fn example() -> Entry {
+    Entry {
+        ended_unix_ms: 1000,
+        domain: "web".to_owned(),
+        target: Target::Host("host2".to_owned()),
+        outcome: Outcome::Moved,
+        cause: Vec::new(),
+        total_ms: 2000.0,
+        pause_ms: Some(850.0),
+        bytes: Some(3 << 20),
+        rate_mib_s: Some(1.5),
+        passes: 2,
+        connections: 0,
+        report: PathBuf::new(),
+        pause: None,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Facts, Target};
+    use crate::report::Facts;
     use crate::timeline::Timeline;
 
     fn report() -> Report {
@@ -153,6 +208,10 @@ mod tests {
         let files = history.files();
         assert_eq!(files.len(), KEPT);
         assert_eq!(files.last().unwrap().file_name().unwrap(), "00000000000052.json");
-        assert!(read(files.first().unwrap()).is_some());
+        let entries = history.entries();
+        assert_eq!(entries.len(), KEPT);
+        let first = entries.first().unwrap();
+        assert_eq!((first.domain.as_str(), first.passes), ("a", 0));
+        assert!(first.ended_unix_ms > 1 << 40 && first.report == *files.first().unwrap());
     }
 }

@@ -28,18 +28,17 @@ pub(crate) struct Lock(OwnedFd);
 impl Lock {
     /// For who sends or saves `domain`, called `name`, or lets it run on.
     pub(crate) fn of_domain(domain: DomId, name: &str) -> anyhow::Result<Lock> {
-        Lock::take(&format!("rxl/domain/{domain}"), name)
+        Lock::take(&domain_name(domain.0), name)
     }
 
     /// For who receives or restores a domain called `name`. Very long names that begin alike have
     /// one lock.
     pub(crate) fn of_incoming(name: &str) -> anyhow::Result<Lock> {
-        Lock::take(&format!("rxl/incoming/{name}"), name)
+        Lock::take(&incoming_name(name), name)
     }
 
     fn take(lock: &str, name: &str) -> anyhow::Result<Lock> {
-        let lock = lock.as_bytes();
-        let address = SocketAddr::from_abstract_name(lock.get(..NAME_BYTES_MAX).unwrap_or(lock));
+        let address = SocketAddr::from_abstract_name(shortened(lock));
         match UnixDatagram::bind_addr(&address.context("naming the domain's lock")?) {
             Ok(socket) => Ok(Lock(socket.into())),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => bail!(
@@ -62,6 +61,28 @@ impl Lock {
     pub(crate) fn pass_on(&self) -> io::Result<()> {
         Ok(fcntl_setfd(&self.0, FdFlags::empty())?)
     }
+}
+
+/// The lock of domain number `domid`.
+pub(crate) fn domain_name(domid: u16) -> String {
+    format!("rxl/domain/{domid}")
+}
+
+/// The lock of a domain called `name` that is to come.
+pub(crate) fn incoming_name(name: &str) -> String {
+    format!("rxl/incoming/{name}")
+}
+
+fn shortened(lock: &str) -> &[u8] {
+    lock.as_bytes().get(..NAME_BYTES_MAX).unwrap_or(lock.as_bytes())
+}
+
+/// Whether somebody has that lock, for who does not want it (unix(7), `/proc/net/unix`: an
+/// abstract name is the last word of its line, behind an `@`).
+pub(crate) fn is_held(lock: &str) -> bool {
+    let sockets = std::fs::read("/proc/net/unix").unwrap_or_default();
+    let wanted = [b" @", shortened(lock)].concat();
+    sockets.split(|byte| *byte == b'\n').any(|line| line.ends_with(&wanted))
 }
 
 #[cfg(test)]
@@ -135,6 +156,8 @@ mod tests {
         let long = "x".repeat(1000);
         let lock = take(&long).unwrap();
         assert!(take(&long).is_err());
+        assert!(is_held(&format!("rxl/test/{}/{long}", std::process::id())));
+        assert!(!is_held("rxl/test"));
         drop(lock);
     }
 }

@@ -5,6 +5,7 @@
 //! - `rxl migrate`, `rxl migrate-receive`: the two ends of a migration ([`migrate`], [`receive`]);
 //! - `rxl save`, `rxl restore`: the same with a file ([`save`], [`restore`]);
 //! - many migrations at once ([`evacuate`]);
+//! - `rxl status`, `rxl cancel`: what of that goes on, and its end ([`status`]);
 //! - libxl's save helper, which moves the memory ([`save_helper`]);
 //! - `rxl divert`: how stock programs come to use it ([`divert`]);
 //! - processes that those start: [`guard`], [`monitor`];
@@ -47,6 +48,7 @@ mod restore;
 mod resume;
 mod save;
 mod save_helper;
+mod status;
 mod stdio;
 mod timeline;
 mod transport;
@@ -123,6 +125,8 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::Restore(args) => restore::run(globals, args),
         Verb::Evacuate(args) => evacuate::run(globals, args),
         Verb::Resume { domain } => resume::run(globals, domain),
+        Verb::Status(args) => status::run(args),
+        Verb::Cancel { domain } => status::cancel(domain),
         Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
         Verb::DomainGuard(ward) => guard::run(globals, ward),
         Verb::Divert(args) => divert::run(args),

@@ -1,8 +1,8 @@
 //! Where all text goes that the program prints. What `xl` prints at the same points is printed as
 //! `xl` prints it ([`crate::words`]), because scripts read it; rxl's own lines begin with `rxl: `.
 //!
-//! Standard output belongs to `rxl help`, `man`, `completions`, `divert` and to nothing else: for
-//! `migrate-receive` it is the channel to the sender, for `save` it may be the file.
+//! Standard output belongs to `rxl help`, `man`, `completions`, `divert`, `status` and to nothing
+//! else: for `migrate-receive` it is the channel to the sender, for `save` it may be the file.
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -93,11 +93,10 @@ fn new_bar() -> ProgressBar {
     ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5)).with_style(style)
 }
 
-/// Writes to standard output.
-#[allow(clippy::print_stdout, reason = "the one place for it")]
-pub(crate) fn stdout(text: &str) {
-    print!("{text}");
-    let _ = io::stdout().flush();
+/// Writes to standard output. `false`: nobody reads it any more.
+pub(crate) fn stdout(text: &str) -> bool {
+    let mut out = io::stdout();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
 }
 
 /// Writes a line to standard error, where there is no [`Screen`] yet. In one piece: the receiver

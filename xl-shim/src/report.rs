@@ -82,7 +82,7 @@ impl Outcome {
 }
 
 /// Where it went, as given.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Target {
     Host(String),

@@ -69,6 +69,7 @@ fn usage_errors_are_xls_words_and_exit_code_2() {
         (&["migrate", "dom", "host", "--frobnicate"], "option `--frobnicate' not supported."),
         (&["migrate-receive", "-x"], "option `x' not supported."),
         (&["resume"], "'xl resume' requires at least 1 argument."),
+        (&["cancel"], "'xl cancel' requires at least 1 argument."),
         (&["save", "dom"], "'xl save' requires at least 2 arguments."),
         (&["save", "-x", "dom", "file"], "option `x' not supported."),
         (&["restore", "-p"], "'xl restore' requires at least 1 argument."),
@@ -112,6 +113,17 @@ fn completions_and_manual_name_the_verbs_and_options() {
     let man = text(&rxl(&["man", "save"]).stdout);
     assert!(man.contains(".TH rxl-save 1") && man.contains("\\-\\-force"), "{man}");
     assert_eq!(rxl(&["man", "domain-guard"]).status.code(), Some(1));
+}
+
+#[test]
+fn status_needs_no_xen_and_cancel_says_that_there_is_nothing() {
+    let out = rxl(&["status", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert!(status["running"].is_array() && status["history"].is_array(), "{status}");
+    let out = rxl(&["cancel", "no-such-domain"]);
+    assert_eq!((out.status.code(), text(&out.stdout)), (Some(1), String::new()));
+    let stderr = text(&out.stderr);
+    assert!(stderr.starts_with("rxl: no-such-domain is not being migrated"), "{stderr}");
 }
 
 #[test]

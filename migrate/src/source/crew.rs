@@ -184,6 +184,12 @@ impl<'a> Crew<'a> {
         }
     }
 
+    /// Bytes that each link has carried so far.
+    pub(super) fn link_bytes(&self) -> Vec<(u8, u64)> {
+        let links = self.members.values().filter_map(|m| Some((m.link?, m.total.bytes)));
+        links.collect()
+    }
+
     fn links(&self) -> Vec<(WorkerId, u8)> {
         let links = self.members.iter().filter_map(|(worker, m)| Some((*worker, m.link?)));
         links.collect()

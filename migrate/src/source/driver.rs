@@ -142,6 +142,9 @@ where
         let mut failure = None;
         loop {
             let action = machine.step(event).inspect_err(|_| self.cleanup())?;
+            if let (Event::Dirty(_), Action::SendPass { last: false, .. }) = (event, action) {
+                self.expect(machine.expected_pause());
+            }
             if let Action::Finish { complete } = action {
                 return match failure {
                     None if complete => Ok(Summary { bytes: self.sender.bytes }),
@@ -273,12 +276,17 @@ where
         }))
     }
 
-    fn suspend(&mut self, expected: Option<Duration>) -> Result<()> {
-        let toolstack = &mut *self.sender.toolstack;
-        if let Some(pause) = expected {
+    /// Tells what the policy expects.
+    fn expect(&mut self, pause: Option<Duration>) {
+        if let Some(pause) = pause {
             let ms = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-            toolstack.event(&report::Event::PauseExpected { ms });
+            self.sender.toolstack.event(&report::Event::PauseExpected { ms });
         }
+    }
+
+    fn suspend(&mut self, expected: Option<Duration>) -> Result<()> {
+        self.expect(expected);
+        let toolstack = &mut *self.sender.toolstack;
         toolstack.event(&report::Event::SuspendAsked);
         let suspended = toolstack
             .suspend()

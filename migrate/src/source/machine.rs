@@ -170,6 +170,12 @@ impl Machine {
         Ok(action)
     }
 
+    /// The pause that would be expected if the guest were suspended after the latest live pass.
+    #[must_use]
+    pub fn expected_pause(&self) -> Option<Duration> {
+        self.precopy.expected()
+    }
+
     fn transition(&mut self, event: Event) -> Result<(State, Action)> {
         let next = match (self.state, event) {
             (State::Cleanup { .. } | State::Over, Event::Failed) | (_, Event::Begin)

@@ -8,6 +8,8 @@
 //! A page that a lost link may have taken with it is sent *again*: with the next pass, or, in the
 //! last, in one more set of pages, until all that has been sent is confirmed.
 
+use std::time::Duration;
+
 use crate::bitmap::PageBitmap;
 use crate::counters::Counters;
 use crate::error::{Error, Result};
@@ -20,6 +22,9 @@ use crate::source::shares::{Owners, Shares};
 use crate::source::workers::{WorkerId, Workers};
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link;
+
+/// How often it is told how far a pass is, at most.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// One pass under way, and what outlives it.
 pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
@@ -52,6 +57,8 @@ struct Progress {
     done: u64,
     /// Of the latest batch that is done nothing had to be sent.
     hole: bool,
+    /// When it was last told how far it is.
+    told: Option<Duration>,
 }
 
 impl Progress {
@@ -127,9 +134,9 @@ where
     ) -> Result<()> {
         let pages = PassPages { wanted: set.count(), ..PassPages::default() };
         let what = if last { "Frames".into() } else { format!("Frames iteration {pass}") };
-        let mut progress = Progress { pass, last, what, pages, done: 0, hole: false };
+        let mut progress = Progress { pass, last, what, pages, done: 0, hole: false, told: None };
         self.toolstack.event(&Event::PassStarted { pass, last, pages: pages.wanted });
-        self.report(&progress);
+        self.report(&mut progress);
         loop {
             self.send_set(set, &mut progress)?;
             meanwhile(&self.batches)?;
@@ -164,11 +171,17 @@ where
         Ok(())
     }
 
-    fn report(&mut self, progress: &Progress) {
+    fn report(&mut self, progress: &mut Progress) {
         let (done, pages) = (progress.done, progress.pages.wanted);
         self.toolstack.progress(&progress.what, done, pages);
+        let now = self.toolstack.now();
+        if progress.told.is_some_and(|told| now.saturating_sub(told) < PROGRESS_INTERVAL) {
+            return;
+        }
+        progress.told = Some(now);
         let (pass, bytes) = (progress.pass, self.bytes);
-        self.toolstack.event(&Event::PassProgress { pass, done, pages, bytes });
+        let links = self.crew.as_ref().map(Crew::link_bytes).unwrap_or_default();
+        self.toolstack.event(&Event::PassProgress { pass, done, pages, bytes, links });
     }
 
     /// Sends all of `set`, or hands it to the workers.
@@ -350,7 +363,7 @@ mod tests {
         // 1000 pages of a guest that could have 100,000.
         let progress = |wanted, empty, hole| {
             let pages = PassPages { wanted, empty, ..PassPages::default() };
-            Progress { pass: 0, last: false, what: "".into(), pages, done: 0, hole }
+            Progress { pass: 0, last: false, what: "".into(), pages, done: 0, hole, told: None }
         };
         let left = |left, empty| progress(100_000, empty, false).likely_left(1000, left);
         assert_eq!(left(100_000, 0), 1000);

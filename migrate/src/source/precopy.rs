@@ -115,13 +115,16 @@ pub struct Precopy {
     least: u64,
     /// Passes in a row that left no less.
     without_gain: u32,
+    /// The pause if the guest were suspended after the latest pass; `None`: the policy does not go
+    /// by it, or there was none.
+    expected: Option<Duration>,
 }
 
 impl Precopy {
     /// Nothing has been seen.
     #[must_use]
     pub fn new(policy: Policy) -> Precopy {
-        Precopy { policy, rate: None, least: u64::MAX, without_gain: 0 }
+        Precopy { policy, rate: None, least: u64::MAX, without_gain: 0, expected: None }
     }
 
     /// What to do after the live pass number `passes` (the first is 1), which has shown `seen`.
@@ -138,10 +141,18 @@ impl Precopy {
         }
     }
 
+    /// How long the pause would be if the guest were suspended after the latest pass, where the
+    /// policy goes by it.
+    #[must_use]
+    pub fn expected(&self) -> Option<Duration> {
+        self.expected
+    }
+
     fn by_time(&mut self, limits: &Limits, passes: u32, seen: &Seen) -> Decision {
         self.learn(seen);
         let (besides, sending) = (limits.fixed.saturating_add(seen.reading), self.sending(seen));
         let pause = besides.saturating_add(sending);
+        self.expected = Some(pause);
         if pause <= limits.pause {
             return Decision::Stop(Some(pause));
         }

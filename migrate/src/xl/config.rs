@@ -57,7 +57,9 @@ impl DomainConfig {
         }
     }
 
-    fn uuid(&self) -> Option<&str> {
+    /// The guest's UUID (`c_info.uuid`).
+    #[must_use]
+    pub fn uuid(&self) -> Option<&str> {
         self.0.get("c_info")?.get("uuid")?.as_str()
     }
 

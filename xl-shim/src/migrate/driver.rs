@@ -102,6 +102,7 @@ impl Departing for Departure<'_> {
     }
 
     fn write_go(&mut self) -> bool {
+        self.timeline.mark(Mark::Committed);
         self.say(words::GIVING);
         let go = Message::Go.text();
         matches!(self.write("the permission to start", go, Until::TheEnd), Said::Done)

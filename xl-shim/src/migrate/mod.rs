@@ -22,6 +22,7 @@ use crate::host::{self, Progress};
 use crate::outgoing::{self, Ended, Guest};
 use crate::output::{self, Screen};
 use crate::report::{Facts, Outcome, Report, Target};
+use crate::status::{Board, Doing, Runs};
 use crate::timeline::{Mark, Timeline};
 use crate::transport::{self, Rune, Transport};
 
@@ -42,6 +43,10 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, true)?;
+    let domain = (guest.name.as_str(), Some(guest.domid));
+    let whither = Target::Host(args.host.clone());
+    let runs = Runs::of_this_host();
+    timeline.show_on(Board::post(runs, Doing::Migrate, domain, &guest.config, Some(whither)));
     let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
     let Ended { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());
@@ -58,6 +63,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     if let Err(error) = history.keep(&report) {
         tracing::warn!("the report is not kept: {error:#}");
     }
+    timeline.board().end(report.outcome.exit());
     report.publish(&screen, globals.verbose, args.report.as_deref())?;
     Ok(report.outcome.exit())
 }
@@ -83,7 +89,7 @@ fn depart(
     guest.lock.pass_on().context("passing on the domain's lock")?;
     // After the transport, which must not inherit the writing end.
     let bar = Progress::of_sender() == Progress::Bar;
-    let (events, writer) = pipe.open(screen.clone(), bar)?;
+    let (events, writer) = pipe.open(screen.clone(), bar, timeline.board().clone())?;
     let mut departure = Departure {
         host,
         domid: guest.domid,

@@ -23,6 +23,8 @@ use crate::lock::Lock;
 use crate::monitor;
 use crate::output::Screen;
 use crate::passthrough;
+use crate::report::Target;
+use crate::status::{Board, Doing, Phase, Runs};
 use crate::words;
 
 /// A domain that arrives, and all that it takes.
@@ -37,6 +39,10 @@ pub(crate) struct Arrival<'a> {
     pub(crate) print_config: bool,
     /// The file that it comes from; `None`: another host.
     pub(crate) saved: Option<Saved<'a>>,
+    /// Where others are told of it.
+    pub(crate) runs: Option<Runs>,
+    /// What they are told.
+    pub(crate) board: Board,
     /// How to make what must outlive this process, or stand in for it.
     pub(crate) helpers: Helpers,
     guard: Guard,
@@ -89,6 +95,8 @@ impl<'a> Arrival<'a> {
             paused: false,
             print_config: false,
             saved: None,
+            runs: None,
+            board: Board::default(),
             helpers,
             guard: Guard::none(),
             lock: None,
@@ -130,6 +138,14 @@ impl<'a> Arrival<'a> {
             Some(file) => config::from_file(&passthrough::find_xl()?, file)?,
             None => DomainConfig::parse(&header.config)?,
         })
+    }
+
+    /// Tells others of it.
+    fn post(&self, runs: Runs) -> anyhow::Result<Board> {
+        let doing = if self.saved.is_some() { Doing::Restore } else { Doing::Receive };
+        let file = self.saved.map(|saved| Target::File(saved.name.to_owned()));
+        let config = DomainConfig::parse(&self.expected.own)?;
+        Ok(Board::post(runs, doing, (&self.expected.name, None), &config, file))
     }
 
     /// The name of the copy until it may run.
@@ -191,6 +207,9 @@ impl Making for Arrival<'_> {
         if self.helpers.guard {
             self.lock = Some(Lock::of_incoming(&self.expected.name)?);
         }
+        if let Some(runs) = self.runs.take() {
+            self.board = self.post(runs)?;
+        }
         Ok(())
     }
 
@@ -240,6 +259,7 @@ impl Making for Arrival<'_> {
     }
 
     fn stand_down(&mut self) {
+        self.board.reach(Phase::Committed);
         self.guard.stand_down();
     }
 
@@ -269,7 +289,10 @@ impl Arriving for Arrival<'_> {
     fn say(&mut self, message: Message, status: Option<u8>, until: Until) -> Said {
         match message {
             Message::Banner => self.tell(words::TARGET_READY),
-            Message::Ready => self.tell(words::COMPLETE),
+            Message::Ready => {
+                self.board.reach(Phase::Ready);
+                self.tell(words::COMPLETE);
+            }
             Message::Destroyed => self.tell(words::GIVING_BACK),
             Message::Report | Message::Go => {}
         }

@@ -14,6 +14,7 @@ use crate::cli::{Globals, ReceiveArgs};
 use crate::gate::{Gate, SignalWatch};
 use crate::host::{self, Progress};
 use crate::output::Screen;
+use crate::status::Runs;
 use crate::stdio;
 use crate::words;
 
@@ -34,12 +35,15 @@ pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit>
     let mut arrival = Arrival::new(&host, channel, &gate, &screen, helpers);
     arrival.paused = args.paused;
     arrival.print_config = args.debug;
+    arrival.runs = Some(Runs::of_this_host());
     let end = arrival.run()?;
     tell(&screen, end);
-    Ok(match end {
+    let exit = match end {
         ReceiverEnd::Running | ReceiverEnd::RunningUnreported => Exit::Success,
         _ => Exit::Failed,
-    })
+    };
+    arrival.board.end(exit);
+    Ok(exit)
 }
 
 fn tell(screen: &Screen, end: ReceiverEnd) {

@@ -21,6 +21,7 @@ use crate::host::{self, Progress};
 use crate::output::{self, Screen};
 use crate::passthrough;
 use crate::receive::{Arrival, Helpers, Saved};
+use crate::status::Runs;
 use crate::stdio;
 use crate::words;
 
@@ -41,8 +42,10 @@ pub(crate) fn run(globals: &Globals, args: &RestoreArgs) -> anyhow::Result<Exit>
     arrival.paused = args.paused;
     arrival.print_config = args.debug;
     arrival.saved = Some(Saved { name: file, config });
+    arrival.runs = Some(Runs::of_this_host());
     let end = arrival.restore_from_file();
     let exit = tell(&screen, file, &end);
+    arrival.board.end(exit);
     let made = arrival.made().map(|(domid, config)| (domid, config.to_owned()));
     // From here on Ctrl-C ends this process, and the domain stays.
     drop((arrival, signals));

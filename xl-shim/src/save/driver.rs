@@ -59,6 +59,7 @@ impl Saving for Save<'_> {
     }
 
     fn publish(&mut self) -> bool {
+        self.timeline.mark(Mark::Committed);
         let published = self.way.file.publish();
         self.is_done("naming", published)
     }

@@ -18,10 +18,12 @@ use crate::cli::{Globals, STDIO, SaveArgs};
 use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Ward};
+use crate::history::History;
 use crate::host::{self, Progress};
 use crate::outgoing::{self, Ended, Guest, kept};
 use crate::output::{self, Screen};
 use crate::report::{Facts, Report, Target};
+use crate::status::{Board, Doing, Runs};
 use crate::stdio;
 use crate::timeline::{Mark, Timeline};
 use crate::ways::Ways;
@@ -54,6 +56,10 @@ pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
     } else {
         SaveFile::begin(Path::new(&args.file), &guest.config, args.force)?
     };
+    let domain = (guest.name.as_str(), Some(guest.domid));
+    let whither = Target::File(args.file.clone());
+    let runs = Runs::of_this_host();
+    timeline.show_on(Board::post(runs, Doing::Save, domain, &guest.config, Some(whither)));
     let ended = save(&host, &guest, args, file, pipe, &screen, &mut timeline)?;
     let conclusion = Conclusion { guest: &guest.name, file: &args.file, ended: &ended };
     conclusion.tell(&screen, || host.state(guest.domid).ok());
@@ -65,6 +71,10 @@ pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
         timeline: &timeline,
         events: &ended.events,
     });
+    if let Err(error) = History::of_this_host().keep(&report) {
+        tracing::warn!("the report is not kept: {error:#}");
+    }
+    timeline.board().end(report.outcome.exit());
     report.publish(&screen, globals.verbose, args.report.as_deref())?;
     Ok(report.outcome.exit())
 }
@@ -87,7 +97,7 @@ fn save(
     let guard = Guard::start(ward, &guest.lock, screen);
     guest.lock.pass_on().context("passing on the domain's lock")?;
     let bar = Progress::of_sender() == Progress::Bar;
-    let (events, writer) = pipe.open(screen.clone(), bar)?;
+    let (events, writer) = pipe.open(screen.clone(), bar, timeline.board().clone())?;
     let mut save = Save {
         host,
         domid: *domid,
