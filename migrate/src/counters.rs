@@ -6,6 +6,9 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
+use crate::frame::PAGE_SIZE;
+use crate::stream::reduced::Reduced;
+
 /// Counts of one process, or of several. Times are nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -25,10 +28,77 @@ pub struct Counters {
     /// Time in which there was something to send and the way to the receiver, or others on it, had
     /// to be waited for.
     pub stalled_ns: u64,
+    /// What was left out of what was sent.
+    #[serde(skip_serializing_if = "LeftOut::is_nothing")]
+    pub left_out: LeftOut,
+}
+
+/// Pages of which less was sent than they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LeftOut {
+    /// Of zeros: nothing.
+    pub zero: Saved,
+    /// The same as before: a digest.
+    pub same: Saved,
+    /// Compressed.
+    pub compress: Saved,
+    /// What has changed.
+    pub delta: Saved,
+}
+
+/// What something has saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Pages.
+    pub pages: u64,
+    /// Bytes that were not sent of them.
+    pub bytes: u64,
+}
+
+impl LeftOut {
+    /// Whether all was sent.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        *self == LeftOut::default()
+    }
+
+    /// A page is sent so.
+    pub(crate) fn note(&mut self, page: &Reduced<'_>) {
+        let saved = match page {
+            Reduced::Zero => &mut self.zero,
+            Reduced::Same(_) => &mut self.same,
+            Reduced::Packed(_) => &mut self.compress,
+            Reduced::Delta(..) => &mut self.delta,
+            Reduced::Whole(_) => return,
+        };
+        saved.pages += 1;
+        saved.bytes += (PAGE_SIZE - page.len()) as u64;
+    }
+
+    /// What was saved, by what: its name in the report and on the command line.
+    #[must_use]
+    pub fn by_kind(&self) -> [(&'static str, Saved); 4] {
+        let LeftOut { zero, same, compress, delta } = *self;
+        [("zero", zero), ("same", same), ("compress", compress), ("delta", delta)]
+    }
+
+    fn add(&mut self, other: &LeftOut) {
+        for (sum, add) in [
+            (&mut self.zero, other.zero),
+            (&mut self.same, other.same),
+            (&mut self.compress, other.compress),
+            (&mut self.delta, other.delta),
+        ] {
+            sum.pages = sum.pages.saturating_add(add.pages);
+            sum.bytes = sum.bytes.saturating_add(add.bytes);
+        }
+    }
 }
 
 impl AddAssign<&Counters> for Counters {
     fn add_assign(&mut self, other: &Counters) {
+        self.left_out.add(&other.left_out);
         for (op, count) in &other.hypercalls {
             let sum = self.hypercalls.entry(op.clone()).or_default();
             *sum = sum.saturating_add(*count);

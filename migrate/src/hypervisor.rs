@@ -110,6 +110,10 @@ pub trait StreamOut<P: ForeignPages> {
     /// # Errors
     /// As [`StreamOut::write_all`].
     fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, P>]) -> io::Result<()>;
+    /// Nanoseconds in which it was waited for, so far.
+    fn stalled_ns(&self) -> u64 {
+        0
+    }
 }
 
 /// The incoming stream. It never takes more bytes from the descriptor than it was asked for:

@@ -7,6 +7,7 @@ mod common;
 use std::thread;
 
 use common::{HOST_FRAMES, Link, Pipe, Receivers, Senders, WIRING, guest};
+use rxl_migrate::counters::{Counters, LeftOut};
 use rxl_migrate::error::Error;
 use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, Rng, compare};
 use rxl_migrate::hypervisor::Domain;
@@ -14,6 +15,7 @@ use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{News, Request};
 use rxl_migrate::source::{self, save_with};
+use rxl_migrate::stream::reduced::Reduce;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need};
 use rxl_migrate::target::restore_with;
 
@@ -27,13 +29,25 @@ struct Moved {
     differences: Vec<String>,
     joined: usize,
     lost: usize,
+    left_out: LeftOut,
 }
 
 /// Moves `source` over a stream and links that break after so many bytes.
 fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
+    moved_reduced(source, breaks, seed, Reduce::ALL.or(Reduce::ALWAYS))
+}
+
+/// The same where `reduce` may be left out.
+fn moved_reduced(
+    source: &FakeDomain,
+    breaks: &[Option<usize>],
+    seed: u64,
+    reduce: Reduce,
+) -> Moved {
     let stream = Pipe::new(1 << 20, None);
     let links: Vec<Link> = breaks.iter().map(|after| Link::new(*after)).collect();
     let mut senders = Senders::new(source);
+    senders.reduce = reduce;
     let joins = senders.offer(&links);
     let info = source.info().unwrap();
     let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
@@ -64,22 +78,40 @@ fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
         events.filter(|heard| matches!(heard, Heard::Event(event) if wanted(event))).count()
     };
     assert_eq!(host.mapped_pages(), 0, "a worker holds guest memory");
+    let mut counters = Counters::default();
+    for heard in &toolstack.heard {
+        if let Heard::Event(Event::Counted { counters: more, .. }) = heard {
+            counters += more;
+        }
+    }
     Moved {
         differences: compare(source, &target, &WIRING, &outcome),
         joined: count(|event| matches!(event, Event::LinkJoined { .. })),
         lost: count(|event| matches!(event, Event::LinkLost { .. })),
+        left_out: counters.left_out,
     }
 }
 
 #[test]
 fn a_guest_that_writes_arrives_as_it_was_over_any_number_of_links() {
+    let mut left_out = [0; 4];
     for seed in 0..4 {
         for links in [1, 2, 5] {
             let moved = moved(&guest(seed), &vec![None; links], seed);
             assert_eq!(moved.differences, [""; 0], "{links} links, {seed}");
             assert_eq!((moved.joined, moved.lost), (links, 0), "{links} links, {seed}");
+            let pages = moved.left_out.by_kind().map(|(_, saved)| saved.pages);
+            left_out.iter_mut().zip(pages).for_each(|(sum, pages)| *sum += pages);
         }
     }
+    assert!(left_out.iter().all(|pages| *pages > 0), "{left_out:?}");
+}
+
+#[test]
+fn whole_pages_go_to_a_receiver_that_needs_them() {
+    let moved = moved_reduced(&guest(0), &[None, None], 0, Reduce::ALWAYS);
+    assert_eq!(moved.differences, [""; 0]);
+    assert!(moved.left_out.is_nothing(), "{:?}", moved.left_out);
 }
 
 #[test]

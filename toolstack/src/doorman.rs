@@ -14,6 +14,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use rxl_migrate::stream::link::{
     HELLO_BYTES, LinkSet, Offer, Secret, Token, check_hello, hello, is_same,
 };
+use rxl_migrate::stream::reduced::{Agreed, Reduce};
 
 use crate::tls::Identity;
 
@@ -44,11 +45,17 @@ struct Pending {
 
 impl Doorman {
     /// Listens at `addresses`, at ports that the system chooses, for `links` links, which are
-    /// encrypted or not. An address at which one cannot listen is left out.
+    /// encrypted or not, and over which `reduce` may be left out of pages. An address at which one
+    /// cannot listen is left out.
     ///
     /// # Errors
     /// There is none at which one can, or no secret to be had.
-    pub fn open(addresses: &[IpAddr], links: u8, encrypted: bool) -> io::Result<Doorman> {
+    pub fn open(
+        addresses: &[IpAddr],
+        links: u8,
+        encrypted: bool,
+        reduce: Reduce,
+    ) -> io::Result<Doorman> {
         let mut listeners = Vec::new();
         let mut failure = None;
         for address in addresses {
@@ -65,6 +72,7 @@ impl Doorman {
         let identity = encrypted.then(Identity::new).transpose()?;
         let mut offer = Offer::new(links, Secret::new(random()?), places);
         offer.certificate = identity.as_ref().map(Identity::fingerprint);
+        offer.reduce = reduce;
         let (pending, taken) = (Vec::new(), LinkSet::default());
         Ok(Doorman { offer, identity, listeners, pending, taken })
     }
@@ -87,8 +95,9 @@ impl Doorman {
         listeners.chain(self.pending.iter().map(|pending| pending.socket.as_fd()))
     }
 
-    /// Lets in who can be let in: each link's number and connection. Does not wait.
-    pub fn attend(&mut self) -> Vec<(u8, OwnedFd)> {
+    /// Lets in who can be let in: each link's number, what holds for it, and its connection. Does
+    /// not wait.
+    pub fn attend(&mut self) -> Vec<(u8, Agreed, OwnedFd)> {
         self.accept();
         let mut come = Vec::new();
         let mut still = Vec::new();
@@ -126,10 +135,10 @@ impl Doorman {
         }
     }
 
-    fn let_in(&mut self, pending: Pending) -> Option<(u8, OwnedFd)> {
-        let link = check_hello(&self.offer.secret, &pending.hello);
-        let link = link.filter(|link| *link < self.offer.links && !self.taken.contains(*link));
-        let Some(link) = link else {
+    fn let_in(&mut self, pending: Pending) -> Option<(u8, Agreed, OwnedFd)> {
+        let good = check_hello(&self.offer.secret, &pending.hello);
+        let good = good.filter(|(link, _)| *link < self.offer.links && !self.taken.contains(*link));
+        let Some((link, reduce)) = good else {
             tracing::warn!("a connection that does not know the secret is refused");
             return None;
         };
@@ -140,7 +149,7 @@ impl Doorman {
             return None;
         }
         self.taken.insert(link);
-        Some((link, pending.socket))
+        Some((link, self.offer.agreed(reduce), pending.socket))
     }
 }
 
@@ -195,7 +204,7 @@ pub fn open_link(offer: &Offer, link: u8) -> io::Result<OwnedFd> {
 fn open_link_to(address: SocketAddr, offer: &Offer, link: u8) -> io::Result<OwnedFd> {
     let mut stream = TcpStream::connect_timeout(&address, HELLO_TIME)?;
     stream.set_read_timeout(Some(HELLO_TIME))?;
-    stream.write_all(&hello(&offer.secret, link))?;
+    stream.write_all(&hello(&offer.secret, link, offer.known()))?;
     let mut welcome = Token::default();
     stream.read_exact(&mut welcome)?;
     if !is_same(&offer.secret.welcome_token(link), &welcome) {
@@ -218,7 +227,7 @@ mod tests {
         let mut come = Vec::new();
         while come.len() < links {
             assert!(Instant::now() < end, "{come:?}");
-            come.extend(doorman.attend().into_iter().map(|(link, _)| link));
+            come.extend(doorman.attend().into_iter().map(|(link, ..)| link));
             thread::sleep(Duration::from_millis(1));
         }
         come.sort_unstable();
@@ -227,7 +236,7 @@ mod tests {
 
     #[test]
     fn who_knows_the_secret_is_let_in_once() {
-        let mut doorman = Doorman::open(&[HERE, HERE], 3, false).unwrap();
+        let mut doorman = Doorman::open(&[HERE, HERE], 3, false, Reduce::ALL).unwrap();
         let offer = doorman.offer().clone();
         assert_eq!(offer.addresses.len(), 2);
         let open = |link| {
@@ -248,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_strangers_costs_little_and_does_not_keep_a_link_out() {
-        let mut doorman = Doorman::open(&[HERE], 1, true).unwrap();
+        let mut doorman = Doorman::open(&[HERE], 1, true, Reduce::NONE).unwrap();
         let offer = doorman.offer().clone();
         let mut strangers = Vec::new();
         for number in 0..200_u32 {

@@ -233,19 +233,20 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let failed = failed("opening a connection to the sender");
     let connection = open_link(&offer, link).map_err(failed)?;
     let domain = LiveDomain::open(domain)?;
+    let agreed = offer.agreed(offer.known());
     let socket = stdin.as_fd();
     match offer.certificate {
         None => {
             let mut link = ReceivingLink::new(connection).map_err(failed)?;
             let heartbeat = Some(link.heartbeat());
-            work(&domain, &mut link, &mut Socket { socket, heartbeat })
+            work(&domain, &mut link, &mut Socket { socket, heartbeat }, agreed)
         }
         Some(trusted) => {
             let proof = offer.secret.proof_token(link);
             let link = SealedIn::open(connection, trusted, &proof, HELLO_TIME);
             let mut link = link.map_err(failed)?;
             let heartbeat = Some(link.heartbeat());
-            work(&domain, &mut link, &mut Socket { socket, heartbeat })
+            work(&domain, &mut link, &mut Socket { socket, heartbeat }, agreed)
         }
     }
 }

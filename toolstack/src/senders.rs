@@ -20,10 +20,12 @@ use rustix::fs::{self, FlockOperation, MemfdFlags, OFlags, flock, memfd_create, 
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{ForeignPages, PagePiece, StreamOut};
+use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
 use rxl_migrate::stream::link::{Offer, Token};
+use rxl_migrate::stream::reduced::Agreed;
 use serde::{Deserialize, Serialize};
 
 use crate::abort;
@@ -109,6 +111,10 @@ impl<P: ForeignPages, O: StreamOut<P>> StreamOut<P> for SharedOut<O> {
     fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, P>]) -> io::Result<()> {
         self.in_turn(|out| out.write_pages(head, pieces))
     }
+
+    fn stalled_ns(&self) -> u64 {
+        u64::try_from(self.stalled.as_nanos()).unwrap_or(u64::MAX)
+    }
 }
 
 /// Nobody confirms what is in the stream: it arrives, or the migration fails.
@@ -119,10 +125,6 @@ impl<O> Confirmed for SharedOut<O> {
 
     fn wait_confirmed(&mut self, _records: u64) -> io::Result<()> {
         Ok(())
-    }
-
-    fn stalled_ns(&self) -> u64 {
-        u64::try_from(self.stalled.as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -210,17 +212,18 @@ impl Pool {
                 let turn = turn.another()?;
                 Worker::thread(move |socket| {
                     let out = SharedOut::new(FdOut::new(stream), Some(turn));
-                    say_if_failed(serve(domain, out, &socket));
+                    say_if_failed(serve(domain, out, &socket, Agreed::default()));
                 })
             }
         }
     }
 
-    fn link_worker(&self, link: u8, connection: OwnedFd) -> io::Result<Worker> {
+    fn link_worker(&self, link: u8, agreed: Agreed, connection: OwnedFd) -> io::Result<Worker> {
         let domain = self.domain;
         let doorman = self.doorman.as_ref().ok_or(io::ErrorKind::NotFound)?;
         let identity = doorman.identity().cloned();
-        let assignment = Assignment { identity, proof: doorman.offer().secret.proof_token(link) };
+        let proof = doorman.offer().secret.proof_token(link);
+        let assignment = Assignment { identity, proof, agreed };
         match self.mode {
             Mode::Process => {
                 let args = [ARGUMENT, &domain.to_string(), LINK];
@@ -269,8 +272,8 @@ impl Pool {
     /// Starts a worker for each link that has come.
     fn let_in(&mut self) {
         let come = self.doorman.as_mut().map(Doorman::attend).unwrap_or_default();
-        for (link, connection) in come {
-            match self.link_worker(link, connection) {
+        for (link, agreed, connection) in come {
+            match self.link_worker(link, agreed, connection) {
                 Ok(worker) => self.employ(worker, Some(link)),
                 Err(error) => tracing::warn!(link, %error, "no worker for a connection"),
             }
@@ -341,12 +344,14 @@ impl<F: AsFd, O: Idle> Employer<O> for Socket<F> {
     }
 }
 
-fn serve<O>(domain: DomId, mut out: O, socket: impl AsFd) -> rxl_migrate::Result<()>
+fn serve<O>(domain: DomId, mut out: O, socket: impl AsFd, agreed: Agreed) -> rxl_migrate::Result<()>
 where
     O: StreamOut<crate::xc::Mapping> + Confirmed + Idle,
 {
     let domain = LiveDomain::open(domain)?;
-    work(&domain, &mut out, &mut Socket(socket))
+    let started = Instant::now();
+    let reducing = Reducing { agreed, clock: Box::new(move || started.elapsed()) };
+    work(&domain, &mut out, &mut Socket(socket), reducing)
 }
 
 /// What a worker of a link is told first: secrets are not for a command line.
@@ -356,6 +361,8 @@ struct Assignment {
     identity: Option<Identity>,
     /// What the receiver shows through an encrypted link.
     proof: Token,
+    /// What may be left out.
+    agreed: Agreed,
 }
 
 fn serve_link(
@@ -366,12 +373,12 @@ fn serve_link(
 ) -> rxl_migrate::Result<()> {
     let what = "making a connection usable";
     let failed = |source| rxl_migrate::Error::Worker { what, source };
-    let Assignment { identity, proof } = assignment;
+    let Assignment { identity, proof, agreed } = assignment;
     match identity {
-        None => serve(domain, SendingLink::new(connection).map_err(failed)?, socket),
+        None => serve(domain, SendingLink::new(connection).map_err(failed)?, socket, *agreed),
         Some(identity) => {
             let out = SealedOut::open(connection, identity, proof).map_err(failed)?;
-            serve(domain, out, socket)
+            serve(domain, out, socket, *agreed)
         }
     }
 }
@@ -406,7 +413,8 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let turn = way.parse().map_err(|_| wrong())?;
     let turn = Turn(crate::inherit::descriptor(turn).map_err(failed)?);
     let turn = turn.another().map_err(failed)?;
-    serve(domain, SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn)), stdin.as_fd())
+    let out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn));
+    serve(domain, out, stdin.as_fd(), Agreed::default())
 }
 
 #[cfg(test)]
@@ -439,7 +447,8 @@ mod tests {
         use std::io::Read;
 
         let (_reader, writer) = io::pipe().unwrap();
-        let doorman = Doorman::open(&["127.0.0.1".parse().unwrap()], 1, false).unwrap();
+        let doorman =
+            Doorman::open(&["127.0.0.1".parse().unwrap()], 1, false, Reduce::ALL).unwrap();
         let staff = Staff {
             program: "cat".into(),
             domain: DomId(1),

@@ -13,6 +13,7 @@ use anyhow::Context;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
+use rxl_migrate::stream::reduced::Reduce;
 
 use crate::defaults;
 use crate::policy::PolicyArgs;
@@ -211,6 +212,11 @@ pub(crate) struct MigrateArgs {
     /// Do not encrypt them: only in a network that nobody else can listen to [not in xl]
     #[arg(long)]
     pub(crate) no_encrypt: bool,
+    /// What may be left out of what goes over them: all, none, or of zero (pages of zeros), same
+    /// (pages that are what they were when they were sent before), compress and delta (what has
+    /// changed of a page), with commas; always: even where that takes longer [not in xl]
+    #[arg(long, value_name = "KINDS", default_value = "all")]
+    pub(crate) reduce: Reduce,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
     /// Keep the domain's number at the target
@@ -238,8 +244,8 @@ impl MigrateArgs {
                 [] => ways::addresses_of(&self.nics)?,
                 addresses => addresses.to_vec(),
             };
-            let encrypted = !self.no_encrypt;
-            anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted })
+            let (encrypted, reduce) = (!self.no_encrypt, self.reduce);
+            anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted, reduce })
         });
         let policy = self.policy.policy(fixed_part);
         Ok(Ways { workers: self.workers, links: links.transpose()?, policy })

@@ -92,6 +92,7 @@ const OPTIONS: &[Opt] = options! {
             "--nics": "over these network cards",
             "--addresses": "at these addresses of the source",
             "--no-encrypt": "without encryption",
+            "--reduce": "without content that the target can do without",
         }
         Own "the guest is suspended once the pause is expected to be short enough \
              ([policy](docs/policy.md))" {

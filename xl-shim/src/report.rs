@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
-use rxl_migrate::counters::Counters;
+use rxl_migrate::counters::{Counters, Saved};
 use rxl_migrate::report::{Event, PassPages, Stamped};
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
 use rxl_migrate::xl::saving::{SaveCause, SaveEnd};
@@ -264,6 +264,10 @@ impl Report {
             let mib = as_f64(bytes) / MIB;
             line += &format!(", {mib:.0} MiB in {passes} pass{es}, {rate:.0} MiB/s");
         }
+        let saved = self.counters.left_out.by_kind().iter().map(|(_, saved)| saved.bytes).sum();
+        if saved > 0 {
+            line += &format!(", {:.0} MiB left out", as_f64(saved) / MIB);
+        }
         match self.links.len() {
             0 => {}
             1 => line += ", 1 connection",
@@ -292,7 +296,20 @@ impl Report {
              {unmap:.0} ms to unmap them, {kept_pages} pages sent from those of earlier batches"
         );
         let calls = format!("rxl: hypercalls: {}", calls.join(", "));
-        self.links.iter().map(link).chain([mapped, calls]).collect()
+        let left_out = self.left_out();
+        self.links.iter().map(link).chain(left_out).chain([mapped, calls]).collect()
+    }
+
+    /// What was left out of what was sent, if anything was.
+    fn left_out(&self) -> Option<String> {
+        let kinds =
+            self.counters.left_out.by_kind().into_iter().filter(|(_, saved)| saved.pages > 0);
+        let kinds = kinds.map(|(kind, Saved { pages, bytes })| {
+            let mib = as_f64(bytes) / MIB;
+            format!("{kind} {mib:.1} MiB of {pages} pages")
+        });
+        let kinds: Vec<String> = kinds.collect();
+        (!kinds.is_empty()).then(|| format!("rxl: not sent: {}", kinds.join(", ")))
     }
 
     /// Writes the JSON to `path`.

@@ -14,6 +14,7 @@ use std::thread;
 
 use anyhow::{Context, ensure};
 use rxl_migrate::stream::link::LINKS_MAX;
+use rxl_migrate::stream::reduced::Reduce;
 use rxl_toolstack::doorman::Doorman;
 use rxl_toolstack::inherit;
 use rxl_toolstack::senders::WORKERS_MAX;
@@ -28,6 +29,8 @@ const WORKERS_ENV: &str = "RXL_WORKERS";
 const ADDRESSES_ENV: &str = "RXL_ADDRESSES";
 /// Not empty: links are not encrypted.
 const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
+/// What may be left out of what goes over links: see [`Reduce`].
+const REDUCE_ENV: &str = "RXL_REDUCE";
 /// Links to offer.
 const STREAMS_ENV: &str = "RXL_STREAMS";
 
@@ -87,6 +90,8 @@ pub(crate) struct LinksWanted {
     pub(crate) count: Option<u8>,
     /// Whether they are encrypted.
     pub(crate) encrypted: bool,
+    /// What may be left out of what goes over them.
+    pub(crate) reduce: Reduce,
 }
 
 /// How memory is to be moved.
@@ -108,6 +113,7 @@ impl Ways {
             addresses,
             count: variable::<u8>(STREAMS_ENV).filter(|count| *count > 0),
             encrypted: env::var_os(NO_ENCRYPT_ENV).is_none_or(|value| value.is_empty()),
+            reduce: variable::<Reduce>(REDUCE_ENV).unwrap_or(Reduce::ALL),
         });
         let policy = variable::<PolicyWanted>(policy::ENV).unwrap_or_default();
         Ways { workers, links, policy }
@@ -115,18 +121,20 @@ impl Ways {
 
     /// Passes it on to the save helper. To be called while there is one thread.
     pub(crate) fn pass_on(&self) -> anyhow::Result<()> {
-        let (mut addresses, mut streams, mut no_encrypt) = Default::default();
+        let (mut addresses, mut streams, mut no_encrypt, mut reduce) = Default::default();
         if let Some(links) = &self.links {
             let texts: Vec<String> = links.addresses.iter().map(IpAddr::to_string).collect();
             addresses = texts.join(",");
             streams = links.count.map(|count| count.to_string()).unwrap_or_default();
             no_encrypt = if links.encrypted { "" } else { "1" }.to_owned();
+            reduce = links.reduce.to_string();
         }
         let all = [
             (WORKERS_ENV, self.workers.to_string()),
             (ADDRESSES_ENV, addresses),
             (STREAMS_ENV, streams),
             (NO_ENCRYPT_ENV, no_encrypt),
+            (REDUCE_ENV, reduce),
             (policy::ENV, self.policy.to_string()),
         ];
         for (name, value) in all {
@@ -149,11 +157,11 @@ impl Ways {
 
     /// Where links come in, if any are wanted and can be had.
     pub(crate) fn doorman(&self) -> Option<Doorman> {
-        let LinksWanted { addresses, count, encrypted } = self.links.as_ref()?;
+        let LinksWanted { addresses, count, encrypted, reduce } = self.links.as_ref()?;
         let workers = self.workers.count.unwrap_or_else(|| chosen(LINKS_CHOSEN_MAX));
         let at_least = u8::try_from(addresses.len()).unwrap_or(LINKS_MAX);
         let links = count.unwrap_or(workers.max(at_least)).min(LINKS_MAX);
-        Doorman::open(addresses, links, *encrypted)
+        Doorman::open(addresses, links, *encrypted, *reduce)
             .inspect_err(|error| tracing::warn!(%error, "no connection can be offered"))
             .ok()
     }
@@ -224,7 +232,8 @@ mod tests {
     fn there_are_as_many_links_as_addresses_at_least() {
         let links = |workers: &str, count| {
             let addresses = vec!["127.0.0.1".parse().unwrap(); 3];
-            let links = Some(LinksWanted { addresses, count, encrypted: true });
+            let (encrypted, reduce) = (true, Reduce::ALL);
+            let links = Some(LinksWanted { addresses, count, encrypted, reduce });
             let workers = workers.parse().unwrap();
             Ways { workers, links, ..Ways::default() }.doorman().unwrap().offer().links
         };

@@ -6,6 +6,7 @@
 //! remembers it.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,7 @@ use crate::hypervisor::{
 use crate::runs;
 use crate::source::kept::{self, Kept};
 use crate::source::pv::PhysMap;
+use crate::source::reduce::{Reducer, Reducing, SAMPLES};
 use crate::stream::libxc::{self, PageEntry};
 use crate::x86::pv::{self, Unfit};
 
@@ -97,6 +99,10 @@ pub(super) struct BatchSender<'a, D: SourceDomain, O> {
     kept_pages: u64,
     /// The pass of the latest batch.
     pass: u32,
+    /// Leaves out what need not be sent; `None`: everything is sent.
+    reducer: Option<Reducer<'a>>,
+    /// A page that is looked at.
+    page: Box<PageBuf>,
 }
 
 /// The pass that a batch is part of.
@@ -151,6 +157,28 @@ struct Page {
 /// Where a page is mapped: in which mapping, which page of it.
 type Place<P> = (Rc<P>, usize);
 
+/// A page that can be sent.
+struct Ready<'m, P> {
+    entry: PageEntry,
+    place: &'m Place<P>,
+    /// Which copy goes instead of it.
+    copy: Option<usize>,
+}
+
+/// When something is written, and how long the way has been waited for before.
+fn before<P: ForeignPages>(
+    reducer: Option<&Reducer<'_>>,
+    out: &impl StreamOut<P>,
+) -> (Duration, u64) {
+    reducer.map_or((Duration::ZERO, 0), |reducer| (reducer.now(), out.stalled_ns()))
+}
+
+/// A record that names `pages`, without their content.
+fn alloc_only<P>(pages: &[Ready<'_, P>]) -> Result<Vec<u8>> {
+    let entry = |page: &Ready<'_, P>| PageEntry { kind: PageType::AllocOnly, ..page.entry };
+    Ok(libxc::page_data_head(&pages.iter().map(entry).collect::<Vec<_>>())?)
+}
+
 /// Pages that are mapped.
 struct Mapped<P> {
     /// Where each is.
@@ -175,13 +203,27 @@ where
 {
     /// Sends pages of `domain`, which `space` describes, to `out`.
     pub(super) fn new(domain: &'a D, out: &'a mut O, space: Space<D::Pages>) -> Self {
-        let (tables, kept) = (Vec::new(), Kept::new());
-        BatchSender { domain, out, space, tables, kept, kept_pages: 0, pass: 0 }
+        let (tables, kept, page) = (Vec::new(), Kept::new(), PageBuf::zeroed());
+        let (kept_pages, pass, reducer) = (0, 0, None);
+        BatchSender { domain, out, space, tables, kept, kept_pages, pass, reducer, page }
+    }
+
+    /// The same, but for what may be left out of what it sends.
+    pub(super) fn reduced(self, reducing: Reducing<'a>) -> Self {
+        BatchSender { reducer: Reducer::new(reducing), ..self }
+    }
+
+    /// Others may have sent pages of these runs since this has.
+    pub(super) fn take_over(&mut self, runs: &[u64]) {
+        if let Some(reducer) = &mut self.reducer {
+            runs.iter().for_each(|run| reducer.forget_run(*run));
+        }
     }
 
     /// What has been done for the domain so far, and with kept mappings.
     pub(super) fn counters(&self) -> Counters {
-        Counters { kept_pages: self.kept_pages, ..self.domain.counters() }
+        let left_out = self.reducer.as_ref().map(|reducer| reducer.left_out).unwrap_or_default();
+        Counters { kept_pages: self.kept_pages, left_out, ..self.domain.counters() }
     }
 
     /// Sends `batch`, at most [`crate::hypervisor::BATCH_PAGES_MAX`] pages, as part of `pass`.
@@ -199,6 +241,10 @@ where
             pages.into_iter().partition(|page| page.kind.has_data());
         let empty = empty.iter().map(|page| PageEntry { pfn: page.pfn, kind: page.kind });
         outcome.without_data.extend(empty);
+        if let Some(reducer) = &mut self.reducer {
+            let gone = outcome.without_data.iter().map(|entry| entry.pfn);
+            outcome.without_frame.iter().copied().chain(gone).for_each(|pfn| reducer.forget(pfn));
+        }
         self.send_pages(&data, pass, &mut outcome)?;
         Ok(outcome)
     }
@@ -299,15 +345,14 @@ where
         Pass { last, .. }: Pass,
         outcome: &mut Outcome,
     ) -> Result<()> {
-        let mut entries = Vec::with_capacity(pages.len());
-        let mut sources = Vec::with_capacity(pages.len());
+        let mut ready = Vec::with_capacity(pages.len());
         let mut copies = 0;
         for (page, place) in pages.iter().zip(&mapped.places) {
             if !last && !self.space.is_at(page.pfn, page.frame) {
                 outcome.put_off.push(page.pfn);
                 continue;
             }
-            let source = match page.kind.table_level() {
+            let copy = match page.kind.table_level() {
                 Some(level) if !matches!(self.space, Space::Translated { .. }) => {
                     if !self.copy_table(page, level, place, copies, last)? {
                         outcome.put_off.push(page.pfn);
@@ -318,28 +363,103 @@ where
                 }
                 _ => None,
             };
-            entries.push(PageEntry { pfn: page.pfn, kind: page.kind });
-            sources.push((place, source));
+            ready.push(Ready { entry: PageEntry { pfn: page.pfn, kind: page.kind }, place, copy });
         }
-        if entries.is_empty() {
+        if ready.is_empty() {
             return Ok(());
         }
+        outcome.sent.extend(ready.iter().map(|page| page.entry.pfn));
+        outcome.tables += copies as u64;
+        self.kept_pages += ready.iter().filter(|page| mapped.had(page.place)).count() as u64;
+        if !self.looks_at(&ready) {
+            return self.write_whole(&ready, outcome);
+        }
+        // A table that has been copied is not what the receiver will have.
+        let (tables, ready): (Vec<_>, Vec<_>) =
+            ready.into_iter().partition(|page| page.entry.kind != PageType::Normal);
+        if !tables.is_empty() {
+            self.write_whole(&tables, outcome)?;
+        }
+        self.write_reduced(&ready, outcome)
+    }
+
+    /// Writes pages as they are, as one record.
+    fn write_whole(&mut self, ready: &[Ready<'_, D::Pages>], outcome: &mut Outcome) -> Result<()> {
+        let entries: Vec<PageEntry> = ready.iter().map(|page| page.entry).collect();
         let head = libxc::page_data_head(&entries)?;
-        let pieces: Vec<PagePiece<'_, D::Pages>> = sources
+        let pieces: Vec<PagePiece<'_, D::Pages>> = ready
             .iter()
-            .map(|&((memory, index), copy)| match copy.and_then(|c| self.tables.get(c)) {
+            .map(|page| match page.copy.and_then(|copy| self.tables.get(copy)) {
                 Some(table) => PagePiece::Copied(table),
-                None => PagePiece::Mapped(memory.as_ref(), *index),
+                None => PagePiece::Mapped(page.place.0.as_ref(), page.place.1),
             })
             .collect();
+        let bytes = head.len() + pieces.len() * PAGE_SIZE;
+        let (from, stalled) = before(self.reducer.as_ref(), self.out);
         self.out
             .write_pages(&head, &pieces)
             .map_err(|source| Error::Stream { what: "writing page data", source })?;
-        self.kept_pages += sources.iter().filter(|(place, _)| mapped.had(place)).count() as u64;
-        outcome.bytes += (head.len() + pieces.len() * PAGE_SIZE) as u64;
+        if let Some(reducer) = &mut self.reducer {
+            reducer.note_written(from, self.out.stalled_ns() > stalled, bytes);
+            // What went is what the guest had at some moment.
+            entries.iter().for_each(|entry| reducer.forget(entry.pfn));
+        }
+        outcome.bytes += bytes as u64;
         outcome.records += 1;
-        outcome.tables += copies as u64;
-        outcome.sent.extend(entries.iter().map(|entry| entry.pfn));
+        Ok(())
+    }
+
+    /// Whether less may be sent of these pages than they are, and that is likely to pay.
+    fn looks_at(&mut self, ready: &[Ready<'_, D::Pages>]) -> bool {
+        let Some(reducer) = &mut self.reducer else { return false };
+        reducer.begin(|sample, into| {
+            if let Some(page) = ready.get(sample * ready.len() / SAMPLES) {
+                page.place.0.read_page(page.place.1, into);
+            }
+        })
+    }
+
+    /// Writes what need be sent of pages.
+    fn write_reduced(
+        &mut self,
+        ready: &[Ready<'_, D::Pages>],
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let again = self.pass > 0;
+        let mut told = again || !matches!(self.space, Space::Translated { .. });
+        for page in ready {
+            let Some(reducer) = &mut self.reducer else { return Ok(()) };
+            let from = reducer.now();
+            page.place.0.read_page(page.place.1, &mut self.page);
+            if let Some(record) = reducer.add(page.entry, &self.page, again, from)? {
+                if !told {
+                    // The receiver gives memory to all of them at once, and so in large extents.
+                    told = true;
+                    self.write_record(&alloc_only(ready)?, outcome)?;
+                }
+                self.write_record(&record, outcome)?;
+            }
+        }
+        let last = match &mut self.reducer {
+            Some(reducer) => {
+                reducer.end();
+                reducer.take()?
+            }
+            None => None,
+        };
+        last.map_or(Ok(()), |record| self.write_record(&record, outcome))
+    }
+
+    fn write_record(&mut self, record: &[u8], outcome: &mut Outcome) -> Result<()> {
+        let (from, stalled) = before(self.reducer.as_ref(), self.out);
+        self.out
+            .write_all(record)
+            .map_err(|source| Error::Stream { what: "writing page data", source })?;
+        if let Some(reducer) = &mut self.reducer {
+            reducer.note_written(from, self.out.stalled_ns() > stalled, record.len());
+        }
+        outcome.bytes += record.len() as u64;
+        outcome.records += 1;
         Ok(())
     }
 

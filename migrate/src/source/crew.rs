@@ -136,9 +136,16 @@ impl<'a> Crew<'a> {
         usize::try_from(pages.max(BATCH_PAGES_MIN.into())).unwrap_or(usize::MAX)
     }
 
-    /// Hands a batch to `worker`.
-    pub(super) fn send(&mut self, worker: WorkerId, batch: Vec<Pfn>, pass: Pass) {
-        self.submit(worker, &Request::Batch { pages: batch.clone(), pass }, batch);
+    /// Hands a batch to `worker`, with what it has `taken_over` for it.
+    pub(super) fn send(
+        &mut self,
+        worker: WorkerId,
+        batch: Vec<Pfn>,
+        taken_over: Vec<u64>,
+        pass: Pass,
+    ) {
+        let request = Request::Batch { pages: batch.clone(), taken_over, pass };
+        self.submit(worker, &request, batch);
     }
 
     /// Has the receiver told of pages without data over a link. `false`: there is none.
@@ -227,7 +234,7 @@ impl<'a> Crew<'a> {
                 member.total.batches += u64::from(outcome.pages() > 0);
                 member.lately += outcome.sent.len() as u64;
                 Ok(match counters {
-                    Some(counters) => Noted::Counted(member.total, counters),
+                    Some(counters) => Noted::Counted(member.total, *counters),
                     None => Noted::Done(outcome),
                 })
             }
@@ -327,7 +334,7 @@ mod tests {
                 && let Some(worker) = crew.free()
             {
                 let size = crew.batch_pages(worker, left as u64).min(1024).min(left);
-                crew.send(worker, vec![Pfn(0); size], PASS);
+                crew.send(worker, vec![Pfn(0); size], Vec::new(), PASS);
                 queues[worker].push_back((size, size));
                 left -= size;
             }
@@ -365,7 +372,7 @@ mod tests {
     fn a_lost_link_gives_back_what_was_not_confirmed_and_what_it_had() {
         let mut crew = crew(1);
         for pfn in 1..=3 {
-            crew.send(0, vec![Pfn(pfn)], PASS);
+            crew.send(0, vec![Pfn(pfn)], Vec::new(), PASS);
         }
         reply(&mut crew, 0, 1, 1, 0);
         reply(&mut crew, 0, 1, 2, 1);

@@ -91,12 +91,16 @@ struct Driver<'a, D: SourceDomain, O, T> {
     clock: Clock,
 }
 
+/// So many pages of the first pass of which nothing is sent take as long as one of which all is.
+const LEFT_OUT_PAGES: u64 = 64;
+
 /// What the toolstack's clock said, and the bytes of then.
 #[derive(Default)]
 struct Clock {
     began: Duration,
     pass_began: Duration,
     bytes_before: u64,
+    page_bytes_before: u64,
 }
 
 /// Looks at the domain and makes ready; nothing is switched on yet.
@@ -228,6 +232,7 @@ where
     fn send_pass(&mut self, pass: u32, set: PageSet, last: bool) -> Result<()> {
         self.clock.pass_began = self.sender.toolstack.now();
         self.clock.bytes_before = self.sender.bytes;
+        self.clock.page_bytes_before = self.sender.page_bytes;
         if set == PageSet::All {
             self.pending.set_all();
         }
@@ -269,11 +274,21 @@ where
         let now = self.sender.toolstack.now();
         Ok(Event::Dirty(Seen {
             left: pages.saturating_mul(PAGE_SIZE as u64),
-            sent: self.sender.bytes.saturating_sub(self.clock.bytes_before),
+            sent: self.sent_in_pass(),
             took: began.saturating_sub(self.clock.pass_began),
             reading: now.saturating_sub(began),
             elapsed: now.saturating_sub(self.clock.began),
         }))
+    }
+
+    /// What a rate is to be made of. The pages of a later pass are much like those that are left
+    /// for the pause, whatever is left out of them. Those of the first may be zeros for the most
+    /// part, which take little time and say little.
+    fn sent_in_pass(&self) -> u64 {
+        let bytes = self.sender.bytes.saturating_sub(self.clock.bytes_before);
+        let pages = self.sender.page_bytes.saturating_sub(self.clock.page_bytes_before);
+        let is_first = self.clock.page_bytes_before == 0;
+        bytes.max(if is_first { pages / LEFT_OUT_PAGES } else { pages })
     }
 
     /// Tells what the policy expects.

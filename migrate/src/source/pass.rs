@@ -13,10 +13,10 @@ use std::time::Duration;
 use crate::bitmap::PageBitmap;
 use crate::counters::Counters;
 use crate::error::{Error, Result};
-use crate::frame::{PageType, Pfn};
+use crate::frame::{PAGE_SIZE, PageType, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
-use crate::source::batch::{BatchSender, Outcome, Pass, Space};
+use crate::source::batch::{BatchSender, Outcome, Pass};
 use crate::source::crew::{Crew, Noted, Total};
 use crate::source::shares::{Owners, Shares};
 use crate::source::workers::{WorkerId, Workers};
@@ -32,7 +32,7 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     pub(super) toolstack: &'a mut T,
     /// Who sends the batches; else this process does.
     crew: Option<Crew<'a>>,
-    /// Who of them has which pages mapped.
+    /// Who of them sent which pages last, and so has them mapped and knows what was sent.
     owners: Owners,
     /// Pages that the domain owns, of those that it may have.
     owned: u64,
@@ -46,6 +46,8 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
     sent: PageBitmap,
     /// Bytes of the stream and of all links so far.
     pub(super) bytes: u64,
+    /// Bytes of the pages that were sent, as many as they are.
+    pub(super) page_bytes: u64,
 }
 
 /// A pass in numbers.
@@ -99,6 +101,7 @@ where
             again: PageBitmap::new(pages),
             sent: PageBitmap::new(pages),
             bytes: 0,
+            page_bytes: 0,
         }
     }
 
@@ -195,13 +198,12 @@ where
                     let left = progress.likely_left(self.owned, shares.pages());
                     let wanted = crew.batch_pages(worker, left);
                     let batch = shares.next_batch(Some(worker), wanted);
-                    if pass.number > 0 && matches!(self.batches.space, Space::Pv(_)) {
-                        self.owners.note(worker, &batch);
-                    }
-                    crew.send(worker, batch, pass);
+                    let taken_over = self.owners.note(Some(worker), &batch);
+                    crew.send(worker, batch, taken_over, pass);
                 }
                 _ => {
                     let batch = shares.next_batch(None, BATCH_PAGES_MAX);
+                    self.owners.note(None, &batch);
                     let outcome = self.batches.send(&batch, pass)?;
                     self.note(&outcome, progress)?;
                 }
@@ -320,6 +322,7 @@ where
 
     fn count(&mut self, outcome: &Outcome, progress: &mut Progress) {
         self.bytes += outcome.bytes;
+        self.page_bytes += (outcome.sent.len() * PAGE_SIZE) as u64;
         outcome.sent.iter().for_each(|pfn| self.sent.set(*pfn));
         let count = |list: usize| list as u64;
         let pages = &mut progress.pages;

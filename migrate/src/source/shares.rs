@@ -18,7 +18,7 @@ use crate::source::workers::WorkerId;
 /// one record.
 const EXTENT_PAGES: usize = 512;
 /// Neighbouring pages that have one owner: those of a word of a bitmap.
-const RUN_PAGES: u64 = 64;
+pub(super) const RUN_PAGES: u64 = 64;
 
 /// Who sent which pages last: a byte for [`RUN_PAGES`] of them.
 pub(super) struct Owners {
@@ -33,18 +33,26 @@ impl Owners {
         Owners { pages, runs: Vec::new() }
     }
 
-    /// `worker` sends `batch`. A worker whose number is too large for a byte is forgotten.
-    pub(super) fn note(&mut self, worker: WorkerId, batch: &[Pfn]) {
+    /// `worker` (`None`: nobody of them) sends `batch`: the runs of it that it has from another, or
+    /// from nobody. A worker whose number is too large for a byte is forgotten.
+    pub(super) fn note(&mut self, worker: Option<WorkerId>, batch: &[Pfn]) -> Vec<u64> {
         if self.runs.is_empty() {
             self.runs = vec![0; usize::try_from(self.pages.div_ceil(RUN_PAGES)).unwrap_or(0)];
         }
-        let number = u8::try_from(worker + 1).unwrap_or(0);
-        for pfn in batch {
-            let run = usize::try_from(pfn.0 / RUN_PAGES).ok();
-            if let Some(owner) = run.and_then(|run| self.runs.get_mut(run)) {
+        let number = worker.and_then(|worker| u8::try_from(worker + 1).ok()).unwrap_or(0);
+        let mut taken_over = Vec::new();
+        for run in batch.chunk_by(|a, b| a.0 / RUN_PAGES == b.0 / RUN_PAGES) {
+            let Some(run) = run.first().map(|pfn| pfn.0 / RUN_PAGES) else { continue };
+            let index = usize::try_from(run).ok();
+            let owner = index.and_then(|index| self.runs.get_mut(index));
+            if owner.as_ref().is_none_or(|owner| **owner != number || number == 0) {
+                taken_over.push(run);
+            }
+            if let Some(owner) = owner {
                 *owner = number;
             }
         }
+        taken_over
     }
 
     fn of(&self, run: u64) -> Option<WorkerId> {
@@ -180,10 +188,10 @@ mod tests {
     fn a_worker_gets_what_it_has_then_what_nobody_has_then_what_others_have() {
         let (mut set, mut owners) = (PageBitmap::new(1024), Owners::new(1024));
         set.set_all();
-        owners.note(3, &pfns(0..128));
-        owners.note(5, &pfns(128..512));
-        owners.note(3, &pfns(512..640));
-        owners.note(400, &pfns(900..1000));
+        owners.note(Some(3), &pfns(0..128));
+        owners.note(Some(5), &pfns(128..512));
+        owners.note(Some(3), &pfns(512..640));
+        owners.note(Some(400), &pfns(900..1000));
         let mut shares = Shares::new(&set, &owners);
         let next = |shares: &mut Shares<'_>, wanted| shares.next_batch(Some(3), wanted);
         assert_eq!(next(&mut shares, 100), pfns(0..100));
@@ -196,6 +204,22 @@ mod tests {
         // Who shall not get any more has lost its pages to others.
         assert_eq!(shares.next_batch(None, 1000), pfns(312..512));
         assert_eq!((shares.pages(), next(&mut shares, 1)), (0, vec![]));
+    }
+
+    #[test]
+    fn a_worker_is_told_of_runs_that_others_have_sent_meanwhile() {
+        let mut owners = Owners::new(1024);
+        assert_eq!(owners.note(Some(0), &pfns(0..128)), [0, 1]);
+        assert_eq!(owners.note(Some(0), &pfns(100..200)), [2, 3]);
+        assert_eq!(owners.note(Some(1), &pfns(64..65)), [1]);
+        assert_eq!(owners.note(Some(0), &pfns(0..200)), [1]);
+        // This process.
+        assert_eq!(owners.note(None, &pfns(0..1)), [0]);
+        assert_eq!(owners.note(Some(0), &pfns(0..65)), [0]);
+        // One that cannot be remembered has everything anew each time.
+        assert_eq!(owners.note(Some(255), &pfns(0..1)), [0]);
+        assert_eq!(owners.note(Some(255), &pfns(0..1)), [0]);
+        assert_eq!(owners.note(Some(1), &[Pfn(5000)]), [78]);
     }
 
     fn batches(pfns: &[u64], wanted: usize) -> Vec<Vec<u64>> {
@@ -224,7 +248,7 @@ mod tests {
             let (mut set, mut owners) = (PageBitmap::new(3000), Owners::new(3000));
             pages.iter().for_each(|pfn| set.set(Pfn(*pfn)));
             for (worker, first, count) in batches {
-                owners.note(worker, &pfns(first..(first + count).min(3000)));
+                owners.note(Some(worker), &pfns(first..(first + count).min(3000)));
             }
             let mut left = pages.clone();
             for (worker, batch) in handed_out(&set, &owners, &[Some(0), Some(2), None], wanted) {

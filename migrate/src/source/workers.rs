@@ -25,6 +25,7 @@ use crate::frame::Pfn;
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut};
 use crate::runs;
 use crate::source::batch::{BatchSender, Outcome, Pass, Space};
+use crate::source::reduce::Reducing;
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link::{self, Offer};
 
@@ -42,6 +43,9 @@ pub enum Request {
         /// Its pages, at most [`BATCH_PAGES_MAX`].
         #[serde(with = "runs::pfns")]
         pages: Vec<Pfn>,
+        /// Those runs of 64 pages of them that others may have sent since this worker has.
+        #[serde(with = "runs::frames")]
+        taken_over: Vec<u64>,
         /// The pass that they are sent in.
         pass: Pass,
     },
@@ -65,7 +69,7 @@ pub struct Reply {
     /// Those of them that the receiver has confirmed.
     pub confirmed: u64,
     /// What it has done, if that was asked for.
-    pub counters: Option<Counters>,
+    pub counters: Option<Box<Counters>>,
 }
 
 /// Why a request could not be done.
@@ -143,27 +147,30 @@ pub trait Confirmed {
     /// # Errors
     /// The way is broken, or the receiver has been silent for too long.
     fn wait_confirmed(&mut self, records: u64) -> io::Result<()>;
-    /// Nanoseconds in which this way was waited for.
-    fn stalled_ns(&self) -> u64 {
-        0
-    }
 }
 
-/// Does requests, sending pages of `domain` to `out`, until there are no more.
+/// Does requests, sending pages of `domain` to `out`, until there are no more; `reducing` is what
+/// of them may be left out, over a link.
 ///
 /// # Errors
 /// Xen's, before there is any request, or the employer's. What goes wrong with a request is only
 /// told.
-pub fn work<D, O>(domain: &D, out: &mut O, employer: &mut impl Employer<O>) -> Result<()>
+pub fn work<D, O>(
+    domain: &D,
+    out: &mut O,
+    employer: &mut impl Employer<O>,
+    reducing: Reducing<'_>,
+) -> Result<()>
 where
     D: SourceDomain,
     O: StreamOut<D::Pages> + Confirmed,
 {
     let talk = |source| Error::Worker { what: "talking to the save helper", source };
     let space = Space::open(domain, &domain.info()?)?;
-    let mut worker = Worker { batches: BatchSender::new(domain, out, space), sent: 0 };
+    let batches = BatchSender::new(domain, out, space).reduced(reducing);
+    let mut worker = Worker { batches, sent: 0 };
     while let Some(request) = employer.next(worker.batches.out).map_err(talk)? {
-        let counters = (request == Request::Count).then(|| worker.counters());
+        let counters = (request == Request::Count).then(|| Box::new(worker.counters()));
         let done = worker.serve(request).map_err(Failure::from);
         // A way that is broken shows it again where it matters.
         let confirmed = worker.batches.out.confirmed().unwrap_or(0);
@@ -187,7 +194,8 @@ where
     fn serve(&mut self, request: Request) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         match request {
-            Request::Batch { pages, pass } => {
+            Request::Batch { pages, taken_over, pass } => {
+                self.batches.take_over(&taken_over);
                 outcome = self.batches.send(&pages, pass)?;
                 self.sent += outcome.records;
             }

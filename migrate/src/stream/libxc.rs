@@ -124,15 +124,16 @@ pub enum RecordKind {
     StaticDataEnd = 0x10,
     X86CpuidPolicy = 0x11,
     X86MsrPolicy = 0x12,
-    // rxl's own (`super::link`): optional, so that others skip them.
+    // rxl's own (`super::link`, `super::reduced`): optional, so that others skip them.
     RxlOffer = OPTIONAL | 0x5258_0001,
     RxlPass = OPTIONAL | 0x5258_0002,
     RxlPassEnd = OPTIONAL | 0x5258_0003,
     RxlLinkLost = OPTIONAL | 0x5258_0004,
+    RxlReduced = OPTIONAL | 0x5258_0005,
 }
 
 impl RecordKind {
-    pub(crate) const ALL: [RecordKind; 20] = [
+    pub(crate) const ALL: [RecordKind; 21] = [
         RecordKind::End,
         RecordKind::PageData,
         RecordKind::X86PvInfo,
@@ -153,6 +154,7 @@ impl RecordKind {
         RecordKind::RxlPass,
         RecordKind::RxlPassEnd,
         RecordKind::RxlLinkLost,
+        RecordKind::RxlReduced,
     ];
 
     /// The number in the stream.

@@ -8,7 +8,7 @@
 //!   stream:  headers  OFFER  …static data…  [PAGE_DATA…]  PASS_END 0  PASS_END 1  LINK_LOST n  …
 //!            PASS_END last  state records  END
 //!   link n:  HELLO ►  ◄ WELCOME  [TLS 1.3, PROOF ►]
-//!            PASS k  PAGE_DATA…  PASS k+1  PAGE_DATA…  …  PASS last+1
+//!            PASS k  PAGE_DATA or REDUCED…  PASS k+1  PAGE_DATA or REDUCED…  …  PASS last+1
 //!            ◄ confirmations: u64, the records applied so far; repeated while there is no news
 //! ```
 //!
@@ -18,6 +18,9 @@
 //! names the links that took part, and each of them has come to a later pass or is lost. The
 //! records that are confirmed are those of page data and of passes: the sender is done when the
 //! receiver needs nothing of a link any more.
+//!
+//! An offer says what of the pages the sender would like to leave out, and a hello which of it the
+//! receiver can do without ([`super::reduced`]). An end that knows nothing of that says nothing.
 //!
 //! What it is not: who opens connections (`toolstack`), or what follows from a loss
 //! ([`crate::source`]). Nobody else's format: both ends are rxl's.
@@ -31,6 +34,7 @@ use sha2::{Digest, Sha256};
 
 use crate::stream::FormatError;
 use crate::stream::libxc::{self, ReadKind, RecordKind, le_u64s};
+use crate::stream::reduced::{Agreed, Reduce};
 
 /// Most links of a migration; a mask has a bit for each.
 pub const LINKS_MAX: u8 = 64;
@@ -74,26 +78,36 @@ impl Secret {
         Secret(random)
     }
 
-    /// What the receiver shows on link `link`.
+    /// What the receiver shows on link `link`, if it can do without `reduce`.
     #[must_use]
-    pub fn hello_token(&self, link: u8) -> Token {
-        self.token(b"hello", link)
+    pub fn hello_token(&self, link: u8, reduce: Reduce) -> Token {
+        match reduce {
+            // As it was before there was anything to agree on.
+            Reduce::NONE => self.token(b"hello", &[link]),
+            reduce => self.token(b"hello", &[link, reduce.bits()]),
+        }
     }
 
     /// What the sender answers on link `link`.
     #[must_use]
     pub fn welcome_token(&self, link: u8) -> Token {
-        self.token(b"ready", link)
+        self.token(b"ready", &[link])
     }
 
     /// What the receiver shows on link `link` once that is encrypted.
     #[must_use]
     pub fn proof_token(&self, link: u8) -> Token {
-        self.token(b"proof", link)
+        self.token(b"proof", &[link])
     }
 
-    fn token(&self, role: &[u8; 5], link: u8) -> Token {
-        Sha256::new().chain_update(self.0).chain_update(role).chain_update([link]).finalize().into()
+    /// What goes into digests of pages.
+    fn seed(&self) -> u64 {
+        let token = self.token(b"pages", &[]);
+        token.first_chunk().map_or(0, |word| u64::from_le_bytes(*word))
+    }
+
+    fn token(&self, role: &[u8; 5], said: &[u8]) -> Token {
+        Sha256::new().chain_update(self.0).chain_update(role).chain_update(said).finalize().into()
     }
 }
 
@@ -138,14 +152,31 @@ pub struct Offer {
     pub addresses: Vec<SocketAddr>,
     /// The certificate of the sender, if links are to be encrypted.
     pub certificate: Option<Fingerprint>,
+    /// What the sender would like to leave out.
+    #[serde(default, skip_serializing_if = "Reduce::is_none")]
+    pub reduce: Reduce,
 }
 
 impl Offer {
-    /// An offer of `links` links, at most [`LINKS_MAX`], without encryption.
+    /// An offer of `links` links, at most [`LINKS_MAX`], without encryption, and of whole pages.
     #[must_use]
     pub fn new(links: u8, secret: Secret, addresses: Vec<SocketAddr>) -> Offer {
         let links = links.min(LINKS_MAX);
-        Offer { version: VERSION, links, secret, addresses, certificate: None }
+        let (certificate, reduce) = (None, Reduce::NONE);
+        Offer { version: VERSION, links, secret, addresses, certificate, reduce }
+    }
+
+    /// Of what is offered to be left out, what this program can do without.
+    #[must_use]
+    pub fn known(&self) -> Reduce {
+        self.reduce.and(Reduce::ALL)
+    }
+
+    /// What holds for a link whose receiver can do without `reduce`.
+    #[must_use]
+    pub fn agreed(&self, reduce: Reduce) -> Agreed {
+        let reduce = self.reduce.and(reduce.or(Reduce::ALWAYS));
+        Agreed { reduce, seed: self.secret.seed() }
     }
 
     /// The record. `None` where it would be too long.
@@ -267,25 +298,29 @@ fn number<T: TryFrom<u64>>(kind: RecordKind, word: u64) -> Result<T, FormatError
     T::try_from(word).map_err(|_| FormatError::Content { kind: kind.code(), why })
 }
 
-/// What the receiver sends first on link `link`.
+/// What the receiver sends first on link `link`, if it can do without `reduce`, of what is offered.
 #[must_use]
-pub fn hello(secret: &Secret, link: u8) -> [u8; HELLO_BYTES] {
+pub fn hello(secret: &Secret, link: u8, reduce: Reduce) -> [u8; HELLO_BYTES] {
     let mut bytes = [0; HELLO_BYTES];
-    let parts = [&MAGIC[..], &u64::from(link).to_le_bytes(), &secret.hello_token(link)];
+    let said = u64::from(link) | u64::from(reduce.bits()) << 8;
+    let parts = [&MAGIC[..], &said.to_le_bytes(), &secret.hello_token(link, reduce)];
     for (to, from) in bytes.iter_mut().zip(parts.concat()) {
         *to = from;
     }
     bytes
 }
 
-/// The link that a hello is for, if it is one of those of `secret`.
+/// The link that a hello is for, if it is one of those of `secret`, and what its receiver can do
+/// without.
 #[must_use]
-pub fn check_hello(secret: &Secret, bytes: &[u8; HELLO_BYTES]) -> Option<u8> {
+pub fn check_hello(secret: &Secret, bytes: &[u8; HELLO_BYTES]) -> Option<(u8, Reduce)> {
     let (magic, rest) = bytes.split_first_chunk::<8>()?;
-    let (link, token) = rest.split_first_chunk::<8>()?;
-    let link = u8::try_from(u64::from_le_bytes(*link)).ok().filter(|link| *link < LINKS_MAX)?;
-    let right = *magic == MAGIC && is_same(&secret.hello_token(link), token);
-    right.then_some(link)
+    let (said, token) = rest.split_first_chunk::<8>()?;
+    let [link, bits, rest @ ..] = *said;
+    let reduce = Reduce::from_bits(bits);
+    let known = bits == reduce.bits() && rest == [0; 6] && link < LINKS_MAX;
+    let right = *magic == MAGIC && is_same(&secret.hello_token(link, reduce), token);
+    (known && right).then_some((link, reduce))
 }
 
 /// What a sender has sent over a link, and the receiver has confirmed.
@@ -372,6 +407,12 @@ mod tests {
         let body = &record[8..8 + header.length];
         assert_eq!(Offer::parse(body).unwrap(), Some(offer));
         assert!(!format!("{:?}", secret()).contains('7'));
+        assert!(!String::from_utf8_lossy(body).contains("reduce"), "an older end has no such word");
+        let mut reduced = Offer::new(1, secret(), Vec::new());
+        reduced.reduce = Reduce::ALL;
+        let record = reduced.record().unwrap();
+        let length = libxc::RecordHeader::parse(*record.first_chunk().unwrap()).unwrap().length;
+        assert_eq!(Offer::parse(&record[8..8 + length]).unwrap(), Some(reduced));
         let other = br#"{"version":2,"what":["ever"]}"#;
         assert_eq!(Offer::parse(other).unwrap(), None);
         let long =
@@ -400,15 +441,21 @@ mod tests {
 
     #[test]
     fn a_hello_is_good_for_its_own_link_and_its_own_secret_only() {
-        let good = hello(&secret(), 5);
-        assert_eq!(check_hello(&secret(), &good), Some(5));
-        assert_eq!(check_hello(&Secret::new([8; 32]), &good), None);
-        for at in 0..HELLO_BYTES {
-            let mut bad = good;
-            bad[at] ^= 1;
-            assert_eq!(check_hello(&secret(), &bad), None, "byte {at}");
+        for reduce in [Reduce::NONE, Reduce::ZERO, Reduce::ALL] {
+            let good = hello(&secret(), 5, reduce);
+            assert_eq!(check_hello(&secret(), &good), Some((5, reduce)));
+            assert_eq!(check_hello(&Secret::new([8; 32]), &good), None);
+            for at in 0..HELLO_BYTES {
+                let mut bad = good;
+                bad[at] ^= 1;
+                assert_eq!(check_hello(&secret(), &bad), None, "byte {at}");
+            }
         }
-        assert_ne!(secret().hello_token(5), secret().welcome_token(5));
+        // As they were before there was anything to agree on.
+        let token = Sha256::new().chain_update([7; 32]).chain_update(b"hello").chain_update([5]);
+        assert_eq!(secret().hello_token(5, Reduce::NONE), Token::from(token.finalize()));
+        assert_ne!(secret().hello_token(5, Reduce::NONE), secret().welcome_token(5));
+        assert_ne!(secret().hello_token(0, Reduce::NONE), secret().hello_token(0, Reduce::ZERO));
     }
 
     #[test]

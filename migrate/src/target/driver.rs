@@ -167,7 +167,7 @@ impl<'a, I: StreamIn<P>, P: crate::hypervisor::ForeignPages> Reader<'a, I, P> {
     }
 
     /// A body of `length` bytes and the padding after it.
-    fn body(&mut self, length: usize) -> Result<Vec<u8>> {
+    pub(super) fn body(&mut self, length: usize) -> Result<Vec<u8>> {
         let mut body = self.vec(padded(length), BODY)?;
         body.truncate(length);
         Ok(body)

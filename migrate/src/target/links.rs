@@ -20,6 +20,7 @@ use crate::runs;
 use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind};
 use crate::stream::link::{self, Offer};
+use crate::stream::reduced::Agreed;
 use crate::target::driver::Reader;
 use crate::target::file::Batch;
 use crate::target::guest::Memory;
@@ -116,11 +117,11 @@ pub trait LinkIn<P: crate::hypervisor::ForeignPages>: StreamIn<P> {
 }
 
 /// Places what comes over the link `input` in the memory of `domain`, until the link ends. What
-/// is not the link's fault the owner is told.
+/// is not the link's fault the owner is told. `agreed` is what both ends know of the link.
 ///
 /// # Errors
 /// The link's, or the owner's.
-pub fn work<D, I>(domain: &D, input: &mut I, owner: &mut impl Owner) -> Result<()>
+pub fn work<D, I>(domain: &D, input: &mut I, owner: &mut impl Owner, agreed: Agreed) -> Result<()>
 where
     D: TargetDomain,
     I: LinkIn<D::Pages>,
@@ -129,6 +130,7 @@ where
         placer: Placer::new(domain),
         reader: Reader::new(input),
         memory: Asked::new(owner),
+        agreed,
         let_in: false,
         records: 0,
     };
@@ -146,6 +148,7 @@ struct Worker<'a, 'b, D: TargetDomain, I, O> {
     placer: Placer<'a, D>,
     reader: Reader<'b, I, D::Pages>,
     memory: Asked<'b, O>,
+    agreed: Agreed,
     /// Whether it has been let into a pass.
     let_in: bool,
     /// Records applied.
@@ -163,14 +166,16 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
         }
         let header = RecordHeader::parse(header)?;
         match header.kind {
-            ReadKind::Known(RecordKind::PageData) => {
+            ReadKind::Known(kind @ (RecordKind::PageData | RecordKind::RxlReduced)) => {
                 if !self.let_in {
                     let why = "comes over a link before its first pass";
-                    return Err(
-                        FormatError::Order { kind: RecordKind::PageData.code(), why }.into()
-                    );
+                    return Err(FormatError::Order { kind: kind.code(), why }.into());
                 }
-                self.placer.receive(&mut self.reader, &mut self.memory, header.length)?;
+                let Worker { placer, reader, memory, agreed, .. } = self;
+                match kind {
+                    RecordKind::PageData => placer.receive(reader, memory, header.length)?,
+                    _ => placer.receive_reduced(reader, memory, header.length, agreed)?,
+                }
                 self.confirm()?;
             }
             ReadKind::Known(RecordKind::RxlPass) if header.length == 8 => {

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::stream::FormatError;
 use crate::stream::libxc::{GuestKind, ReadKind, RecordHeader, RecordKind, StreamHeader};
 use crate::stream::link::OFFER_BYTES_MAX;
+use crate::stream::reduced::REDUCED_BYTES_MAX;
 use crate::x86::pv::VCPU_CONTEXT_BYTES;
 
 /// A frame for each 512 pfns, for the 2^32 pfns that the record can express, after its range.
@@ -229,6 +230,7 @@ impl Machine {
             RecordKind::HvmParams => HVM_PARAMS_BYTES_MAX,
             RecordKind::X86CpuidPolicy | RecordKind::X86MsrPolicy => POLICY_BYTES_MAX,
             RecordKind::RxlOffer => OFFER_BYTES_MAX,
+            RecordKind::RxlReduced => REDUCED_BYTES_MAX,
             RecordKind::RxlPass | RecordKind::RxlLinkLost => 8,
             RecordKind::RxlPassEnd => 16,
         };
@@ -307,7 +309,9 @@ impl Machine {
                 self.require_memory(kind)?;
                 require(self.offer, kind, "comes without an offer of links")?;
             }
-            RecordKind::RxlPass => require(false, kind, "is for links only")?,
+            RecordKind::RxlPass | RecordKind::RxlReduced => {
+                require(false, kind, "is for links only")?;
+            }
             RecordKind::End => require(phase == Phase::State, kind, "comes before the state")?,
         }
         Ok(())

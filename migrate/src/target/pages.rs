@@ -2,7 +2,8 @@
 //!
 //! A record is not read whole. Once its entries are known and what they need is populated, its
 //! pages go batch by batch straight into the mapped frames. Page tables make a detour through a
-//! private copy, to be localised. No mapping outlives its batch: a frame that is mapped writable
+//! private copy, to be localised. Pages that came reduced ([`reduced`]) are unpacked one by one, and
+//! each is written whole: a page of zeros too, whatever its frame holds. No mapping outlives its batch: a frame that is mapped writable
 //! cannot become a page table.
 
 use crate::error::{Error, Result};
@@ -12,6 +13,7 @@ use crate::hypervisor::{
 };
 use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RecordKind, page_data_count, page_data_entries};
+use crate::stream::reduced::{self, Agreed, REDUCED_BYTES_MAX};
 use crate::target::driver::Reader;
 use crate::target::file::Batch;
 use crate::target::guest::Memory;
@@ -77,6 +79,37 @@ impl<'a, D: TargetDomain> Placer<'a, D> {
     {
         let data = with_data(reader, memory, length)?;
         batches(&data).try_for_each(|batch| self.place(reader, memory, batch))
+    }
+
+    /// Reads the body of a record of reduced pages, `length` bytes, and places them.
+    pub(super) fn receive_reduced<I, M>(
+        &mut self,
+        reader: &mut Reader<'_, I, D::Pages>,
+        memory: &mut M,
+        length: usize,
+        agreed: &Agreed,
+    ) -> Result<()>
+    where
+        I: StreamIn<D::Pages>,
+        M: Memory,
+    {
+        let kind = RecordKind::RxlReduced.code();
+        if length > REDUCED_BYTES_MAX {
+            let why = "longer than a record of its kind may be";
+            return Err(FormatError::Length { kind, length, why }.into());
+        }
+        if agreed.reduce.is_none() {
+            let why = "comes over a link for which it was not agreed";
+            return Err(FormatError::Order { kind, why }.into());
+        }
+        let body = reader.body(length)?;
+        let parsed = reduced::parse(&body)?;
+        memory.prepare(&parsed.entries)?;
+        let frames = memory.frames(parsed.entries.iter().map(|entry| entry.pfn))?;
+        let pages = self.domain.map(&frames, Access::ReadWrite)?;
+        let read = |index: usize, into: &mut PageBuf| pages.read_page(index, into);
+        parsed.unpack(agreed, read, |index, page| pages.write_page(index, page))?;
+        Ok(())
     }
 
     /// Reads the body of a page-data record, and compares its pages with what has been placed:

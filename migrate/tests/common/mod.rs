@@ -25,10 +25,12 @@ use rxl_migrate::fake::{
     FakeDomain, FakePages, Host, HvmSpec, P2mKind, PvSpec, fill_pages, put_pages,
 };
 use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
+use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
 use rxl_migrate::stream::link::{Offer, Secret};
+use rxl_migrate::stream::reduced::Reduce;
 use rxl_migrate::target::links::{self, Answer, Ask, LinkIn, Links, Need, Owner};
 
 /// Frames of a host that has room for any guest here.
@@ -241,6 +243,8 @@ enum Said {
 pub struct Senders {
     domain: FakeDomain,
     pub offer: Option<Offer>,
+    /// What is offered to be left out.
+    pub reduce: Reduce,
     links: BTreeMap<u8, Link>,
     requests: BTreeMap<WorkerId, (Sender<Request>, Option<Link>)>,
     threads: Vec<JoinHandle<()>>,
@@ -277,6 +281,7 @@ impl Senders {
         Senders {
             domain: domain.clone(),
             offer: None,
+            reduce: Reduce::ALL.or(Reduce::ALWAYS),
             links: BTreeMap::new(),
             requests: BTreeMap::new(),
             threads: Vec::new(),
@@ -295,9 +300,13 @@ impl Senders {
         let id = self.next;
         self.next += 1;
         let (domain, said) = (self.domain.clone(), self.said.0.clone());
+        // Nothing is left out of the stream.
+        let offer = self.offer.as_ref().filter(|_| link.is_some());
+        let agreed = offer.map(|offer| offer.agreed(offer.known())).unwrap_or_default();
         let mut worker = SendingThread { id, requests, said, leaves_after };
         self.threads.push(thread::spawn(move || {
-            let ended = work(&domain, &mut out, &mut worker);
+            let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+            let ended = work(&domain, &mut out, &mut worker, reducing);
             let why = ended.err().map_or("no reason".into(), |error| error.chain());
             let _ = worker.said.send(Said::Ended(id, why));
         }));
@@ -309,7 +318,9 @@ impl Senders {
     /// Offers these links. What comes back lets the receiver's side join.
     pub fn offer(&mut self, links: &[Link]) -> impl Fn(u8) + Send + 'static + use<> {
         let count = u8::try_from(links.len()).unwrap();
-        self.offer = Some(Offer::new(count, Secret::new([5; 32]), Vec::new()));
+        let mut offer = Offer::new(count, Secret::new([5; 32]), Vec::new());
+        offer.reduce = self.reduce;
+        self.offer = Some(offer);
         self.links = (0..).zip(links.iter().cloned()).collect();
         let said = self.said.0.clone();
         move |link| {
@@ -426,10 +437,11 @@ impl Links for Receivers {
         for (link, mut way) in (0..).zip(self.links.iter().cloned()) {
             let (sender, answers) = channel();
             let (domain, asked) = (self.domain.clone(), self.asks.clone());
+            let agreed = offer.agreed(offer.known());
             let mut worker = ReceivingThread { link, asked, answers };
             self.answers.insert(link, sender);
             let thread = thread::spawn(move || {
-                let ended = links::work(&domain, &mut way, &mut worker);
+                let ended = links::work(&domain, &mut way, &mut worker, agreed);
                 way.data.close();
                 let why = ended.err().map_or("the end".into(), |error| error.chain());
                 let _ = worker.asked.send((link, Need::Ended(link, why)));

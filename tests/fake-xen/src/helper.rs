@@ -82,6 +82,8 @@ pub struct Libxl {
     pub takes_fingerprint: bool,
     /// How its environment tells rxl's helper to move memory.
     pub ways: Ways,
+    /// What it says may be left out over links; nothing: what rxl chooses.
+    pub reduce: &'static str,
     /// Determines which workers are killed, if some are.
     pub seed: u64,
 }
@@ -174,6 +176,7 @@ impl Helper<'_> {
         command.arg(self.programs.path(self.program)).args(args);
         self.machine.furnish(&mut command, &self.programs.preload);
         self.libxl.ways.tell(&mut command);
+        command.env("RXL_REDUCE", self.libxl.reduce);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -17,6 +17,7 @@ use rxl_migrate::stream::link::Offer;
 use rxl_migrate::target::links::{Answer, Ask, LinkIn, Links, Need, Owner, work};
 use rxl_migrate::target::restore_with;
 
+use crate::AGREED;
 use crate::assert_told;
 use crate::input::{Input, Owned};
 use crate::linked::two_links;
@@ -89,7 +90,7 @@ pub(crate) fn worker(input: Input<'_>, hvm: bool, breaks: bool) {
     domain.populate(&pfns, 0).expect("memory");
     let input = RefCell::new(Packed::new(input, false));
     let lonely = Lonely { input: &input, lied: Cell::new(false), breaks };
-    if let Err(error) = work(&domain, &mut &lonely, &mut &lonely) {
+    if let Err(error) = work(&domain, &mut &lonely, &mut &lonely, AGREED) {
         assert!(lonely.lied.get() || !matches!(error, Error::Machine { .. }), "{error}");
         assert_told(&error);
     }

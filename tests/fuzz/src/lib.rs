@@ -33,6 +33,7 @@ use std::panic;
 use std::sync::Once;
 
 use cap::Cap;
+use rxl_migrate::stream::reduced::{Agreed, Reduce};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -40,6 +41,9 @@ use serde::de::DeserializeOwned;
 static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
 
 const MIB: usize = 1 << 20;
+
+/// What both ends of every link know: all that may be left out of pages is.
+const AGREED: Agreed = Agreed { reduce: Reduce::ALL, seed: 7 };
 
 /// One function over bytes.
 #[derive(Clone, Copy, Debug)]

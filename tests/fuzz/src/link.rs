@@ -15,6 +15,7 @@ use rxl_migrate::stream::link::{
     check_hello, fingerprint, hello, is_same, link_lost_record, parse_link_lost, parse_pass,
     parse_pass_end, pass_end_record, pass_record,
 };
+use rxl_migrate::stream::reduced::Reduce;
 use rxl_migrate::target::file::Batch;
 use rxl_migrate::target::links::{self, Answer, Ask};
 use serde::Serialize;
@@ -89,12 +90,12 @@ fn greeting(bytes: &[u8]) -> Result<(), FormatError> {
     let secret = Secret::new(random);
     let rest = input.rest();
     let Some(bytes) = rest.first_chunk::<HELLO_BYTES>() else { return Ok(()) };
-    if let Some(link) = check_hello(&secret, bytes) {
-        assert_eq!(hello(&secret, link), *bytes);
+    if let Some((link, reduce)) = check_hello(&secret, bytes) {
+        assert_eq!(hello(&secret, link, reduce), *bytes);
         let other = Secret::new([random[0].wrapping_add(1); 32]);
         assert_eq!(check_hello(&other, bytes), None);
         let token = bytes.split_at(16).1;
-        assert!(is_same(&secret.hello_token(link), token));
+        assert!(is_same(&secret.hello_token(link, reduce), token));
         for other in [secret.welcome_token(link), secret.proof_token(link)] {
             assert!(!is_same(&other, token));
         }
@@ -155,6 +156,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     let plain = Offer::new(4, secret.clone(), addresses);
     let mut sealed = plain.clone();
     sealed.certificate = Some(fingerprint(b"a certificate"));
+    sealed.reduce = Reduce::ALL;
     let [offer, sealed] = [plain, sealed].map(|offer| {
         let record = offer.record().unwrap_or_default();
         body(&record, RecordKind::RxlOffer).to_vec()
@@ -175,8 +177,9 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         (2, words(&[3])),
         (3, words(&[63])),
         (3, words(&[64])),
-        (4, [&[7][..], &hello(&secret, 5)].concat()),
-        (4, [&[8][..], &hello(&secret, 5)].concat()),
+        (4, [&[7][..], &hello(&secret, 5, Reduce::NONE)].concat()),
+        (4, [&[7][..], &hello(&secret, 5, Reduce::ALL)].concat()),
+        (4, [&[8][..], &hello(&secret, 5, Reduce::NONE)].concat()),
         (5, vec![8, 7, 0, 0, 0, 0, 0, 0, 0, 3, 8, 0, 0, 13, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0]),
     ];
     let pfns: Vec<Pfn> = [5, 6, 7, 4, 9].map(Pfn).to_vec();
@@ -194,7 +197,11 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         (6, [&[kind][..], &message.unwrap_or_default()].concat())
     };
     for request in [
-        Request::Batch { pages: pfns.clone(), pass: Pass { number: 4, last: true } },
+        Request::Batch {
+            pages: pfns.clone(),
+            taken_over: vec![0],
+            pass: Pass { number: 4, last: true },
+        },
         Request::Entries(entries.clone()),
         Request::Pass(3),
         Request::Confirm,
@@ -203,7 +210,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         seeds.push(json(0, serde_json::to_vec(&request)));
     }
     for done in [Ok(outcome), Err(Failure::Way("gone".into())), Err(Failure::Batch("bad".into()))] {
-        let counters = Some(Counters { mappings: 3, ..Counters::default() });
+        let counters = Some(Box::new(Counters { mappings: 3, ..Counters::default() }));
         let reply = Reply { done, sent: 7, confirmed: 5, counters };
         seeds.push(json(1, serde_json::to_vec(&reply)));
     }

@@ -1,11 +1,14 @@
 //! Streams with links, made by hand.
 
 use rxl_migrate::fake::{Script, tables};
-use rxl_migrate::frame::{PAGE_SIZE, PageType, Pfn};
+use rxl_migrate::frame::{PAGE_SIZE, PageBuf, PageType, Pfn};
 use rxl_migrate::stream::libxc::{PageEntry, StreamHeader, page_data_head};
 use rxl_migrate::stream::link::{
     LinkSet, Offer, Secret, link_lost_record, pass_end_record, pass_record,
 };
+use rxl_migrate::stream::reduced::{Builder, Reduced, pack};
+
+use crate::AGREED;
 
 /// A stream and what comes over its links.
 pub(crate) struct Linked {
@@ -68,6 +71,33 @@ pub(crate) fn pages(pages: &[(u64, u8)]) -> Vec<u8> {
     let entries: Vec<PageEntry> = pages.iter().map(entry).collect();
     let content = pages.iter().flat_map(|page| [page.1; PAGE_SIZE]);
     page_data_head(&entries).expect("a few pages").into_iter().chain(content).collect()
+}
+
+/// A page in each form, but for what refers to content: that of `had`, which `pfn` and the next one
+/// are filled with.
+pub(crate) fn reduced(pfn: u64, had: u8) -> Vec<u8> {
+    let entry = |pfn| PageEntry { pfn: Pfn(pfn), kind: PageType::Normal };
+    let (before, content) = (PageBuf([had; PAGE_SIZE]), PageBuf([0x5a; PAGE_SIZE]));
+    let mut differs = before.clone();
+    if let Some(byte) = differs.0.first_mut() {
+        *byte = 1;
+    }
+    let digest = AGREED.digest(&before);
+    let (mut packed, mut delta) = (Vec::new(), Vec::new());
+    let packed = pack(&content, &mut packed).expect("it is shorter");
+    let delta = pack(&differs, &mut delta).expect("it is shorter");
+    let pages = [
+        Reduced::Same(digest),
+        Reduced::Delta(digest, delta),
+        Reduced::Zero,
+        Reduced::Packed(packed),
+        Reduced::Whole(&content),
+    ];
+    let mut builder = Builder::default();
+    for (pfn, page) in (pfn..).zip(pages) {
+        assert!(builder.add(entry(pfn), page), "there is room");
+    }
+    builder.take().expect("a few pages")
 }
 
 /// A page table of the lowest level.

@@ -18,7 +18,7 @@ use rxl_migrate::stream::libxc::{
 use rxl_migrate::target::restore_with;
 
 use crate::input::Input;
-use crate::linked::{Linked, pages, table, to};
+use crate::linked::{Linked, pages, reduced, table, to};
 use crate::receivers::Receivers;
 use crate::ways::{Stream, Wires};
 use crate::{alone, assert_told, block};
@@ -213,6 +213,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         packed(0, &pv),
         packed(large, &[entries(&extent), entries(&many)]),
         packed(large | flag::FRAGMENTED, &[entries(&extent)]),
+        [&[flag::HVM][..], &reduced(1, 0x22)].concat(),
         // Passes 1 and 3 of the first link, pass 1 of the second.
         vec![flag::OWNER_ALONE, 0, 0, 6, 0, 1, 6, 1, 1, 6, 0, 3],
         [&[flag::OWNER_ALONE | flag::HVM, 6, 0, 0, 2, 0, 1, 2, 0][..], &asked].concat(),
@@ -225,6 +226,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         [&[flag::HVM][..], &to(1), packed(0, &hvm).get(1..).unwrap_or_default()].concat(),
         [&[flag::HVM][..], &[1, 0, 0, 0x80, 3, 0, 0, 0, 1, 2, 3]].concat(),
         [&[flag::HVM][..], &RecordKind::Verify.code().to_le_bytes(), &[0; 4]].concat(),
+        [&[flag::HVM][..], &reduced(0, 0x22)].concat(),
         // Workers and owners on their own: too few frames, too many, none, nobody there.
         [&answered(&[0, 3])[..], &[0, 4, 5], &answered(&[6]), &[6]].concat(),
         answered(&[5, 1, 2]),
@@ -245,7 +247,7 @@ mod tests {
     #[test]
     fn what_an_honest_sender_sends_is_taken_and_nothing_else() {
         let taken: Vec<bool> = seeds().iter().map(|seed| is_taken(seed)).collect();
-        let expected = [[true; 6].as_slice(), &[false; 17]].concat();
+        let expected = [[true; 7].as_slice(), &[false; 18]].concat();
         assert_eq!(taken, expected);
     }
 }

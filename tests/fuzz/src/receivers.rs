@@ -19,6 +19,7 @@ use rxl_migrate::target::links::{
     Answer, Ask, LinkIn, Links, MESSAGE_BYTES_MAX, Need, Owner, work,
 };
 
+use crate::AGREED;
 use crate::ways::{Source, Turn};
 use crate::{assert_told, passed_on};
 
@@ -122,7 +123,7 @@ impl Worker {
         let running = Coroutine::with_stack(stack, move |yielder: &Yielder<_, _>, _| {
             let talk = Talk { yielder, over: ended };
             let mut link = Link { talk: &talk, source, way, confirmed: 0 };
-            match work(&domain, &mut link, &mut &talk) {
+            match work(&domain, &mut link, &mut &talk, AGREED) {
                 Ok(()) => "the end".into(),
                 Err(error) => {
                     assert!(!matches!(error, Error::Machine { .. }), "{error}");

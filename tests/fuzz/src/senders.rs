@@ -6,17 +6,21 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::rc::Rc;
+use std::time::Duration;
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 use rxl_migrate::Error;
 use rxl_migrate::fake::{FakeDomain, FakePages, Wire};
 use rxl_migrate::hypervisor::{PagePiece, StreamOut};
+use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, MESSAGE_BYTES_MAX, News, Reply, Request, WorkerId, Workers, work,
 };
 use rxl_migrate::stream::link::{Confirmations, Offer, Secret};
+use rxl_migrate::stream::reduced::Agreed;
 
+use crate::AGREED;
 use crate::input::Owned;
 use crate::{assert_told, passed_on};
 
@@ -156,10 +160,13 @@ impl Worker {
         O: StreamOut<FakePages> + Confirmed + 'static,
     {
         let domain = domain.clone();
+        // Nothing is left out of the stream.
+        let agreed = if link.is_some() { AGREED } else { Agreed::default() };
         let stack = DefaultStack::new(STACK_BYTES).expect("a stack");
         let running = Coroutine::with_stack(stack, move |yielder: &Yielder<_, _>, _| {
             let mut socket = Socket { yielder, reply: Cell::default() };
-            match work(&domain, &mut out, &mut socket) {
+            let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+            match work(&domain, &mut out, &mut socket, reducing) {
                 Ok(()) => String::new(),
                 Err(error) => {
                     assert!(!matches!(error, Error::Machine { .. } | Error::Format(_)), "{error}");

@@ -9,8 +9,10 @@ use std::net::SocketAddr;
 use rxl_migrate::stream::link::{
     HELLO_BYTES, LinkSet, Offer, Secret, TOKEN_BYTES, check_hello, hello, is_same,
 };
+use rxl_migrate::stream::reduced::{Agreed, Reduce};
 
 use crate::pipe::{End, PipeId};
+use crate::plant::Plant;
 use crate::process::Process;
 use crate::world::{Cond, ProcId, World};
 
@@ -84,7 +86,9 @@ impl<'a, 'b> Doorman<'a, 'b> {
             (4_000 + world.procs.len() as u16, secret)
         };
         let address = SocketAddr::from(([192, 0, 2, 1], port));
-        Doorman::at(process, Offer::new(links, Secret::new(secret), vec![address]), port)
+        let mut offer = Offer::new(links, Secret::new(secret), vec![address]);
+        offer.reduce = process.world().plan.ways.reduce;
+        Doorman::at(process, offer, port)
     }
 
     /// Opens the door `port` for what `offer` says.
@@ -104,8 +108,9 @@ impl<'a, 'b> Doorman<'a, 'b> {
         !self.pending.is_empty() || self.taken.iter().count() < usize::from(self.offer.links)
     }
 
-    /// Lets in who can be let in: each link's number and connection. Does not wait.
-    pub(crate) fn attend(&mut self) -> Vec<(u8, PipeId, PipeId)> {
+    /// Lets in who can be let in: each link's number, what holds for it, and its connection. Does
+    /// not wait.
+    pub(crate) fn attend(&mut self) -> Vec<(u8, Agreed, PipeId, PipeId)> {
         self.accept();
         let mut come = Vec::new();
         for mut pending in std::mem::take(&mut self.pending) {
@@ -136,22 +141,24 @@ impl<'a, 'b> Doorman<'a, 'b> {
         }
     }
 
-    fn let_in(&mut self, pending: &Pending) -> Option<(u8, PipeId, PipeId)> {
+    fn let_in(&mut self, pending: &Pending) -> Option<(u8, Agreed, PipeId, PipeId)> {
         let hello = pending.hello.as_slice().try_into().ok()?;
-        let link = check_hello(&self.offer.secret, hello);
-        let link = link.filter(|link| *link < self.offer.links && !self.taken.contains(*link));
-        let welcome = link.map(|link| self.offer.secret.welcome_token(link));
+        let good = check_hello(&self.offer.secret, hello);
+        let good = good.filter(|(link, _)| *link < self.offer.links && !self.taken.contains(*link));
+        let welcome = good.map(|(link, _)| self.offer.secret.welcome_token(link));
         let sent = welcome.and_then(|welcome| {
             let mut world = self.process.world();
             let now = world.now;
             // Nothing has been sent on it before, so there is room for all of it.
             world.pipe(pending.there).write(&welcome, now)
         });
-        match (link, sent) {
-            (Some(link), Some(Ok(TOKEN_BYTES))) => {
+        match (good, sent) {
+            (Some((link, reduce)), Some(Ok(TOKEN_BYTES))) => {
                 self.taken.insert(link);
                 self.forget(pending);
-                Some((link, pending.there, pending.back))
+                let unasked = self.process.world().plan.plant == Some(Plant::ReducedUnasked);
+                let reduce = if unasked { Reduce::ALL } else { reduce };
+                Some((link, self.offer.agreed(reduce), pending.there, pending.back))
             }
             _ => {
                 self.refuse(pending);
@@ -189,10 +196,16 @@ impl Pending {
     }
 }
 
+/// What a receiver can do without; an older one knows nothing of that.
+pub(crate) fn known(process: &Process<'_>, offer: &Offer) -> Reduce {
+    let older = process.world().plan.ways.older_receiver;
+    if older { Reduce::NONE } else { offer.known() }
+}
+
 /// Opens link `link` to the sender, whose welcome is `expected` if anything is.
 pub(crate) fn open_link(process: &Process<'_>, offer: &Offer, link: u8) -> io::Result<Connection> {
     let connection = call(process, offer, link)?;
-    write_all(process, connection.back, &hello(&offer.secret, link))?;
+    write_all(process, connection.back, &hello(&offer.secret, link, known(process, offer)))?;
     let until = process.world().now + HELLO_TIME;
     let mut welcome = Vec::new();
     while welcome.len() < TOKEN_BYTES {

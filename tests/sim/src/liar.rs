@@ -37,7 +37,14 @@ impl<W: Workers> Workers for LyingWorkers<W> {
             self.made_up.push_back(News::Reply(worker, reply));
             return Ok(());
         }
-        self.inner.submit(worker, request)
+        match request {
+            Request::Batch { pages, pass, .. } if self.plant == Plant::StaleContent => {
+                let (pages, pass) = (pages.clone(), *pass);
+                let request = Request::Batch { pages, taken_over: Vec::new(), pass };
+                self.inner.submit(worker, &request)
+            }
+            request => self.inner.submit(worker, request),
+        }
     }
 
     fn news(&mut self, wait: bool) -> io::Result<Option<News>> {

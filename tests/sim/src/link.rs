@@ -12,7 +12,7 @@ use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations, Unconfirmed};
 use rxl_migrate::target::links::LinkIn;
 
 use crate::pipe::PipeId;
-use crate::plant::Plant;
+use crate::plant::{Plant, assume_zeros};
 use crate::process::Process;
 use crate::world::Cond;
 
@@ -138,6 +138,9 @@ impl Watch<'_, '_> {
 impl StreamOut<FakePages> for SendingLink<'_, '_> {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.note_sent(bytes);
+        if self.watch.process.world().plan.plant == Some(Plant::ZerosAssumed) {
+            return self.put(&assume_zeros(bytes));
+        }
         self.put(bytes)
     }
 

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use rxl_migrate::fake::{FakeDomain, FakePages, FakeToolstack, Rng, Wire};
 use rxl_migrate::hypervisor::{PagePiece, StreamOut};
@@ -10,11 +11,12 @@ use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
-use rxl_migrate::source::{Options, save_with};
+use rxl_migrate::source::{Options, Reducing, save_with};
 use rxl_migrate::stream::FormatError;
 use rxl_migrate::stream::link::{
     LinkSet, Offer, Secret, hello, link_lost_record, pass_end_record, pass_record,
 };
+use rxl_migrate::stream::reduced::Reduce;
 
 use crate::door::{Connection, Doorman, call};
 use crate::peer::damage;
@@ -45,7 +47,7 @@ fn lie_as_receiver(process: &Process<'_>, link: u8) -> io::Result<()> {
     let Some(offer) = offer else { return Ok(()) };
     let Connection { there, back, .. } = call(process, &offer, link)?;
     process.world().facts.coverage.count("links: a lying receiver");
-    let mut greeting = hello(&offer.secret, link).to_vec();
+    let mut greeting = hello(&offer.secret, link, offer.known()).to_vec();
     if rng.one_in(8) {
         damage(&mut greeting, &mut rng);
     }
@@ -84,7 +86,8 @@ pub(crate) struct Lies {
 pub(crate) fn make_up(guest: &FakeDomain, links: u8, rng: &mut Rng) -> Lies {
     let secret = rng.bytes(32).try_into().unwrap_or([0; 32]);
     let address = SocketAddr::from(([192, 0, 2, 1], PORT));
-    let offer = Offer::new(links, Secret::new(secret), vec![address]);
+    let mut offer = Offer::new(links, Secret::new(secret), vec![address]);
+    offer.reduce = Reduce::ALL;
     let mut wires = vec![Wire::default(); usize::from(links)];
     let joined = (0..links).map(|link| News::Joined(link.into(), Some(link)));
     let workers = InMemory { guest, offer: &offer, wires: &mut wires, news: joined.collect() };
@@ -149,7 +152,9 @@ impl Workers for InMemory<'_> {
 
     fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()> {
         let mut once = Once(Some(request.clone()), None);
-        let _ = work(self.guest, &mut Nowhere(&mut self.wires[worker]), &mut once);
+        let agreed = self.offer.agreed(self.offer.known());
+        let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+        let _ = work(self.guest, &mut Nowhere(&mut self.wires[worker]), &mut once, reducing);
         self.news.push_back(match once.1 {
             Some(reply) => News::Reply(worker, Reply { confirmed: reply.sent, ..reply }),
             None => News::Ended(worker, "it has failed".into()),
@@ -208,7 +213,7 @@ fn keep_door(process: &Process<'_>, offer: Offer, mut links: Vec<Vec<u8>>) {
     let mut doorman = Doorman::at(process, offer, PORT);
     for _ in 0..400 {
         process.sleep(50);
-        for (link, there, back) in doorman.attend() {
+        for (link, _, there, back) in doorman.attend() {
             process.world().facts.coverage.count("links: a lying sender");
             let bytes = links.get_mut(usize::from(link)).map(std::mem::take).unwrap_or_default();
             let ends = [(there, End::Write), (back, End::Read)];

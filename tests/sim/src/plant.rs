@@ -4,8 +4,13 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
+use rxl_migrate::frame::PageType;
 use rxl_migrate::helper::EventSink;
 use rxl_migrate::report::Event;
+use rxl_migrate::stream::libxc::{
+    self, PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind, page_data_head,
+};
+use rxl_migrate::stream::reduced;
 
 /// A mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,10 +57,16 @@ pub enum Plant {
     StalledLinkKept,
     /// Who fails or dies while it writes to a shared stream keeps its turn.
     TurnKept,
+    /// The receiver takes the memory of pages of zeros for zeros.
+    ZerosAssumed,
+    /// A worker goes by what it sent of a page that others have sent since.
+    StaleContent,
+    /// A sender leaves out what its receiver knows nothing of.
+    ReducedUnasked,
 }
 
 /// All of them.
-pub const PLANTS: [Plant; 21] = [
+pub const PLANTS: [Plant; 24] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -77,7 +88,54 @@ pub const PLANTS: [Plant; 21] = [
     Plant::IdleLinkUnwatched,
     Plant::StalledLinkKept,
     Plant::TurnKept,
+    Plant::ZerosAssumed,
+    Plant::StaleContent,
+    Plant::ReducedUnasked,
 ];
+
+/// A record of a link without the content of its pages of zeros.
+pub(crate) fn assume_zeros(record: &[u8]) -> Vec<u8> {
+    let Some((head, body)) = record.split_first_chunk::<RECORD_HEADER_BYTES>() else {
+        return record.to_vec();
+    };
+    let kind = RecordHeader::parse(*head).map(|header| header.kind);
+    let is_reduced = kind == Ok(ReadKind::Known(RecordKind::RxlReduced));
+    let Ok(parsed) = reduced::parse(body.get(..body_length(head)).unwrap_or_default()) else {
+        return record.to_vec();
+    };
+    if !is_reduced {
+        return record.to_vec();
+    }
+    let count = parsed.entries.len();
+    let (entries, rest) = body[8..].split_at(8 * count);
+    let (words, content) = rest.split_at((2 * count).next_multiple_of(8));
+    let is_zero = |index: usize| words[2 * index..2 * index + 2] == [0, 0];
+    let (mut zeros, mut others, mut other_words) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, entry) in parsed.entries.iter().enumerate() {
+        if is_zero(index) {
+            zeros.push(PageEntry { kind: PageType::AllocOnly, ..*entry });
+        } else {
+            others.extend_from_slice(&entries[8 * index..8 * index + 8]);
+            other_words.extend_from_slice(&words[2 * index..2 * index + 2]);
+        }
+    }
+    if zeros.is_empty() {
+        return record.to_vec();
+    }
+    let mut bytes = page_data_head(&zeros).unwrap_or_default();
+    if zeros.len() < count {
+        let left = ((count - zeros.len()) as u64).to_le_bytes();
+        other_words.resize(other_words.len().next_multiple_of(8), 0);
+        let content = &content[..body_length(head) - 8 - entries.len() - words.len()];
+        let parts: [&[u8]; 4] = [&left, &others, &other_words, content];
+        bytes.extend(libxc::record(RecordKind::RxlReduced, &parts).unwrap_or_default());
+    }
+    bytes
+}
+
+fn body_length(head: &[u8; RECORD_HEADER_BYTES]) -> usize {
+    RecordHeader::parse(*head).map_or(0, |header| header.length)
+}
 
 /// Lets the last page data of a pass arrive after the first of the next, as it could if they came
 /// over two connections and nobody waited for the end of a pass.

@@ -8,7 +8,7 @@ use rxl_migrate::fake::FakeDomain;
 use rxl_migrate::stream::link::Offer;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner, work};
 
-use crate::door::open_link;
+use crate::door::{known, open_link};
 use crate::helper::Stepped;
 use crate::link::{Heartbeat, ReceivingLink};
 use crate::pipe::PipeId;
@@ -135,5 +135,6 @@ fn run(process: &Process<'_>, domain: FakeDomain, socket: Socket) -> Result<()> 
     let hangs_at = plan.and_then(|plan| plan.hangs_at);
     let mut input = ReceivingLink::new(process, connection.there, connection.back, hangs_at);
     let mut owner = Asking { socket, heartbeat: input.heartbeat() };
-    work(&Stepped::new(process, domain), &mut input, &mut owner)
+    let agreed = offer.agreed(known(process, &offer));
+    work(&Stepped::new(process, domain), &mut input, &mut owner, agreed)
 }

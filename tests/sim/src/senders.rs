@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
+use std::time::Duration;
 
 use rxl_migrate::fake::{FakeDomain, FakePages};
 use rxl_migrate::hypervisor::StreamOut;
+use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
 use rxl_migrate::stream::link::Offer;
+use rxl_migrate::stream::reduced::Agreed;
 
 use crate::door::Doorman;
 use crate::helper::{Out, Stepped};
@@ -85,7 +88,7 @@ impl<'a, 'b> Pool<'a, 'b> {
             let ends = [(stream, End::Write)];
             let worker = Worker::start(process, Role::SaveWorker, &ends, move |p, socket| {
                 let employed = Employed { process: p, socket, watch: None };
-                serve(domain, Out::shared(p, stream, turn), employed);
+                serve(domain, Out::shared(p, stream, turn), employed, Agreed::default());
             });
             pool.employ(worker, None);
         }
@@ -131,7 +134,7 @@ impl<'a, 'b> Pool<'a, 'b> {
     /// Starts a worker for each link that has come.
     fn let_in(&mut self) {
         let come = self.doorman.as_mut().map(Doorman::attend).unwrap_or_default();
-        for (link, there, back) in come {
+        for (link, agreed, there, back) in come {
             let domain = self.domain.clone();
             let ends = [(there, End::Write), (back, End::Read)];
             let worker = Worker::start(self.process, Role::SaveWorker, &ends, move |p, socket| {
@@ -139,7 +142,7 @@ impl<'a, 'b> Pool<'a, 'b> {
                 let unwatched = p.world().plan.plant == Some(Plant::IdleLinkUnwatched);
                 let watch = (!unwatched).then(|| link.watch());
                 let employed = Employed { process: p, socket, watch };
-                serve(domain, link, employed);
+                serve(domain, link, employed, agreed);
             });
             ends.into_iter().for_each(|(pipe, end)| self.process.close(pipe, end));
             self.employ(worker, Some(link));
@@ -209,12 +212,15 @@ impl<O> Employer<O> for Employed<'_, '_> {
     }
 }
 
-fn serve<O>(domain: FakeDomain, mut out: O, mut employed: Employed<'_, '_>)
+fn serve<O>(domain: FakeDomain, mut out: O, mut employed: Employed<'_, '_>, agreed: Agreed)
 where
     O: StreamOut<FakePages> + Confirmed,
 {
     let process = employed.process;
-    if let Err(error) = work(&Stepped::new(process, domain), &mut out, &mut employed) {
+    let reducing =
+        Reducing { agreed, clock: Box::new(|| Duration::from_millis(process.world().now)) };
+    let domain = Stepped::new(process, domain);
+    if let Err(error) = work(&domain, &mut out, &mut employed, reducing) {
         process.world().trace.say(|| format!("a worker fails: {}", error.chain()));
     }
 }

@@ -1,5 +1,7 @@
 //! What a seed means for workers and links: how many there are, and what their network is like.
 
+use rxl_migrate::stream::reduced::Reduce;
+
 use crate::pipe::{Link, Pipe};
 use crate::plan::Dice;
 use crate::plant::Plant;
@@ -13,6 +15,10 @@ pub(crate) struct Ways {
     pub(crate) links: Vec<LinkPlan>,
     /// Where the stream's connection goes dead, links do.
     pub(crate) one_network: bool,
+    /// What may be left out of what goes over links.
+    pub(crate) reduce: Reduce,
+    /// The receiver knows nothing of that.
+    pub(crate) older_receiver: bool,
 }
 
 /// One link.
@@ -42,7 +48,16 @@ impl Ways {
             return Ways::default();
         }
         let links = (0..links).map(|_| LinkPlan::new(dice)).collect();
-        Ways { stream_workers: stream_workers as u8, links, one_network: dice.0.one_in(2) }
+        let one_network = dice.0.one_in(2);
+        let reduce = match dice.within(0, 3) {
+            0 => Reduce::NONE,
+            1 => Reduce::from_bits(dice.0.next() as u8),
+            _ => Reduce::ALL,
+        };
+        let reduce = reduce.or(Reduce::ALWAYS);
+        let older_receiver = dice.0.one_in(8);
+        let stream_workers = stream_workers as u8;
+        Ways { stream_workers, links, one_network, reduce, older_receiver }
     }
 
     /// Whether there are any.

@@ -220,6 +220,10 @@ impl StreamOut<Mapping> for SendingLink {
         self.out.waiting.note_sent(head);
         self.out.write_pages(head, pieces)
     }
+
+    fn stalled_ns(&self) -> u64 {
+        self.out.waiting.stalled_ns()
+    }
 }
 
 impl Confirmed for SendingLink {
@@ -234,10 +238,6 @@ impl Confirmed for SendingLink {
             self.out.waiting.wait_for(self.out.fd.as_fd(), PollFlags::IN, started)?;
         }
         Ok(())
-    }
-
-    fn stalled_ns(&self) -> u64 {
-        self.out.waiting.stalled_ns()
     }
 }
 

@@ -144,6 +144,10 @@ impl StreamOut<Mapping> for SealedOut {
         }
         self.send_piece()
     }
+
+    fn stalled_ns(&self) -> u64 {
+        self.listening.stalled_ns()
+    }
 }
 
 impl Confirmed for SealedOut {
@@ -160,10 +164,6 @@ impl Confirmed for SealedOut {
             self.listening.check(started)?;
         }
         Ok(())
-    }
-
-    fn stalled_ns(&self) -> u64 {
-        self.listening.stalled_ns()
     }
 }
 

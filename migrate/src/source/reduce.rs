@@ -1,0 +1,403 @@
+//! Makes records of pages of which less is sent than they are, for one link.
+//!
+//! What a page was when it was sent last is known by its digest, and of pages that are sent again
+//! by a copy. Both are good only as long as that *is* what the receiver has before it reads the
+//! next record of this link: nobody else has sent the page since, and this link has lost nothing
+//! (it would be no more). Whoever hands out batches says which runs of pages the worker has taken
+//! over from others ([`Reducer::forget_run`]); what went as it was, with the guest writing it
+//! meanwhile, is not known either.
+//!
+//! A page is copied once, and the copy is looked at, remembered and sent.
+//!
+//! What it is not: when that pays (`effort`), the record (`stream::reduced`), or who has which
+//! pages (`shares`).
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::counters::LeftOut;
+use crate::error::Result;
+use crate::frame::{PAGE_SIZE, PageBuf, Pfn};
+use crate::source::effort::{Effort, Level, Try};
+use crate::source::shares::RUN_PAGES;
+use crate::stream::libxc::PageEntry;
+use crate::stream::reduced::{self, Agreed, Builder, Reduce, Reduced};
+
+/// Digests that are kept: of 1 GiB of pages. 24 bytes for each, 6 MiB.
+const DIGESTS_MAX: usize = 1 << 18;
+/// Copies that are kept, of pages that were sent more than once: 16 MiB.
+const COPIES_MAX: usize = 1 << 12;
+/// Bytes of pages after which a record ends: a connection has as much on its way while the next is
+/// made.
+const RECORD_BYTES: usize = 512 << 10;
+/// What has changed of a page has to be shorter than this, or the page goes as it is.
+const DELTA_BYTES_MAX: usize = PAGE_SIZE * 3 / 4;
+/// Pages of a batch that are looked at to find out whether to look at all.
+pub(super) const SAMPLES: usize = 8;
+
+/// A clock that never goes back.
+pub type Clock<'a> = Box<dyn Fn() -> Duration + 'a>;
+
+/// What a worker may leave out of what it sends, and the clock that says what that costs.
+pub struct Reducing<'a> {
+    /// What the other end knows.
+    pub agreed: Agreed,
+    /// When it began is of no matter.
+    pub clock: Clock<'a>,
+}
+
+impl fmt::Debug for Reducing<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Reducing").field(&self.agreed.reduce).finish()
+    }
+}
+
+impl Reducing<'_> {
+    /// Nothing may be left out.
+    #[must_use]
+    pub fn nothing() -> Self {
+        Reducing { agreed: Agreed::default(), clock: Box::new(|| Duration::ZERO) }
+    }
+}
+
+/// Makes records for one link.
+pub(super) struct Reducer<'a> {
+    agreed: Agreed,
+    clock: Clock<'a>,
+    effort: Effort,
+    known: Known,
+    builder: Builder,
+    /// What is done with the pages of this batch.
+    level: Level,
+    looked: Duration,
+    pages: usize,
+    zeros: usize,
+    packed: Vec<u8>,
+    differs: Box<PageBuf>,
+    pub(super) left_out: LeftOut,
+}
+
+impl<'a> Reducer<'a> {
+    /// `None`: nothing may be left out.
+    pub(super) fn new(reducing: Reducing<'a>) -> Option<Reducer<'a>> {
+        let Reducing { agreed, clock } = reducing;
+        (!agreed.reduce.is_none()).then(|| Reducer {
+            agreed,
+            clock,
+            effort: Effort::new(agreed.reduce.has(Reduce::ALWAYS)),
+            known: Known::default(),
+            builder: Builder::default(),
+            level: Level::Nothing,
+            looked: Duration::ZERO,
+            pages: 0,
+            zeros: 0,
+            packed: Vec::new(),
+            differs: PageBuf::zeroed(),
+            left_out: LeftOut::default(),
+        })
+    }
+
+    /// Now.
+    pub(super) fn now(&self) -> Duration {
+        (self.clock)()
+    }
+
+    /// Something was written since `from`, and had to wait or not.
+    pub(super) fn note_written(&mut self, from: Duration, waited: bool, bytes: usize) {
+        self.effort.note_written((from, self.now()), waited, bytes);
+    }
+
+    /// Whether the pages of the next batch are to be looked at. `sample` reads one of [`SAMPLES`].
+    pub(super) fn begin(&mut self, mut sample: impl FnMut(usize, &mut PageBuf)) -> bool {
+        let kinds = self.agreed.reduce;
+        self.level = self.effort.level();
+        if self.level == Level::Nothing && kinds.has(Reduce::ZERO) {
+            let from = self.now();
+            let zeros = (0..SAMPLES).filter(|index| {
+                sample(*index, &mut self.differs);
+                is_zero(&self.differs)
+            });
+            let zeros = zeros.count();
+            let cost = self.now().saturating_sub(from);
+            self.effort.note_looked(Level::Zeros, cost, SAMPLES, zeros);
+            self.level = self.effort.level();
+        }
+        let remembers = kinds.has(Reduce::SAME) || kinds.has(Reduce::DELTA);
+        if self.level == Level::All && !remembers && !kinds.has(Reduce::COMPRESS) {
+            self.level = Level::Zeros;
+        }
+        (self.looked, self.pages, self.zeros) = (Duration::ZERO, 0, 0);
+        match self.level {
+            Level::Nothing => false,
+            Level::Zeros => kinds.has(Reduce::ZERO),
+            Level::All => true,
+        }
+    }
+
+    /// All pages of the batch have been added.
+    pub(super) fn end(&mut self) {
+        if self.pages > 0 {
+            self.effort.note_looked(self.level, self.looked, self.pages, self.zeros);
+        }
+    }
+
+    /// Nothing is known any more of what the receiver has of a page.
+    pub(super) fn forget(&mut self, pfn: Pfn) {
+        self.known.forget(pfn);
+    }
+
+    /// The same of a whole run.
+    pub(super) fn forget_run(&mut self, run: u64) {
+        if self.known.is_empty() {
+            return;
+        }
+        let first = run.saturating_mul(RUN_PAGES);
+        (first..first.saturating_add(RUN_PAGES)).for_each(|pfn| self.known.forget(Pfn(pfn)));
+    }
+
+    /// Adds a page, whose content was copied since `from`; `again`: it was sent before. A record
+    /// that is to be written first, if there is one.
+    pub(super) fn add(
+        &mut self,
+        entry: PageEntry,
+        page: &PageBuf,
+        again: bool,
+        from: Duration,
+    ) -> Result<Option<Vec<u8>>> {
+        let Reducer { agreed, effort, known, builder, packed, differs, clock, left_out, .. } = self;
+        let (kinds, pfn) = (agreed.reduce, entry.pfn);
+        let mut form = None;
+        let mut digest = None;
+        if kinds.has(Reduce::ZERO) && is_zero(page) {
+            form = Some(Reduced::Zero);
+            self.zeros += 1;
+        } else if self.level == Level::All && (kinds.has(Reduce::SAME) || kinds.has(Reduce::DELTA))
+        {
+            let now = agreed.digest(page);
+            let is_same = kinds.has(Reduce::SAME) && known.digest(pfn) == Some(now);
+            form = is_same.then_some(Reduced::Same(now));
+            digest = Some(now);
+        }
+        self.pages += 1;
+        let looked = clock();
+        self.looked += looked.saturating_sub(from);
+        if form.is_none()
+            && let Some(digest) = digest.and_then(|_| known.digest(pfn))
+            && let Some(copy) = known.copy(pfn).filter(|_| kinds.has(Reduce::DELTA))
+            && effort.wants(Try::Delta)
+        {
+            let from = clock();
+            differs.0 = page.0;
+            reduced::xor(differs, copy);
+            form = reduced::pack(differs, packed)
+                .filter(|bytes| bytes.len() < DELTA_BYTES_MAX)
+                .map(|bytes| Reduced::Delta(digest, bytes));
+            let saved = form.map_or(0, |form| PAGE_SIZE - form.len());
+            effort.note_tried(Try::Delta, clock().saturating_sub(from), saved);
+        }
+        let from = clock();
+        match digest.filter(|_| !matches!(form, Some(Reduced::Same(_)))) {
+            Some(digest) => known.remember(pfn, digest, page, again && kinds.has(Reduce::DELTA)),
+            None if form.is_some_and(|form| matches!(form, Reduced::Same(_))) => {}
+            None => known.forget(pfn),
+        }
+        let remembered = clock();
+        self.looked += remembered.saturating_sub(from);
+        if form.is_none()
+            && self.level == Level::All
+            && kinds.has(Reduce::COMPRESS)
+            && effort.wants(Try::Pack)
+        {
+            form = reduced::pack(page, packed).map(Reduced::Packed);
+            let saved = form.map_or(0, |form| PAGE_SIZE - form.len());
+            effort.note_tried(Try::Pack, clock().saturating_sub(remembered), saved);
+        }
+        let form = form.unwrap_or(Reduced::Whole(page));
+        left_out.note(&form);
+        let mut full = None;
+        if builder.bytes() >= RECORD_BYTES {
+            full = Some(builder.take()?);
+        }
+        if !builder.add(entry, form) {
+            full = Some(builder.take()?);
+            // There is room now.
+            let _ = builder.add(entry, form);
+        }
+        Ok(full)
+    }
+
+    /// The last record of a batch, if there is one.
+    pub(super) fn take(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(if self.builder.is_empty() { None } else { Some(self.builder.take()?) })
+    }
+}
+
+fn is_zero(page: &PageBuf) -> bool {
+    // As fast as memory can be compared; most pages that are none say so in their first bytes.
+    page.words().take(8).all(|word| word == 0) && page.0 == [0; PAGE_SIZE]
+}
+
+/// What the receiver has of pages, as far as that is known: each slot has the latest of those
+/// that share it.
+#[derive(Debug, Default)]
+struct Known {
+    /// Pfn and one more; 0: nothing. Empty until there is something.
+    pfns: Vec<u64>,
+    digests: Vec<u128>,
+    /// Copies, each of the page with this digest.
+    copies: Vec<Option<(Pfn, Box<PageBuf>)>>,
+}
+
+fn slot(pfn: Pfn, slots: usize) -> usize {
+    pfn.index().unwrap_or(0) % slots
+}
+
+impl Known {
+    fn is_empty(&self) -> bool {
+        self.pfns.is_empty()
+    }
+
+    fn digest(&self, pfn: Pfn) -> Option<u128> {
+        let slot = slot(pfn, DIGESTS_MAX);
+        let known = self.pfns.get(slot).is_some_and(|known| *known == pfn.0.wrapping_add(1));
+        self.digests.get(slot).copied().filter(|_| known)
+    }
+
+    /// What the digest is of, if there is a copy of it.
+    fn copy(&self, pfn: Pfn) -> Option<&PageBuf> {
+        let copy = self.copies.get(slot(pfn, COPIES_MAX))?.as_ref();
+        copy.filter(|(of, _)| *of == pfn).map(|(_, page)| page.as_ref())
+    }
+
+    fn remember(&mut self, pfn: Pfn, digest: u128, page: &PageBuf, copy: bool) {
+        if self.pfns.is_empty() {
+            self.pfns = vec![0; DIGESTS_MAX];
+            self.digests = vec![0; DIGESTS_MAX];
+        }
+        self.forget(pfn);
+        let index = slot(pfn, DIGESTS_MAX);
+        if let (Some(known), Some(known_digest)) =
+            (self.pfns.get_mut(index), self.digests.get_mut(index))
+        {
+            (*known, *known_digest) = (pfn.0.wrapping_add(1), digest);
+        }
+        if copy {
+            if self.copies.is_empty() {
+                self.copies.resize_with(COPIES_MAX, || None);
+            }
+            if let Some(there) = self.copies.get_mut(slot(pfn, COPIES_MAX)) {
+                let (of, content) = there.get_or_insert_with(|| (pfn, PageBuf::zeroed()));
+                *of = pfn;
+                content.0 = page.0;
+            }
+        }
+    }
+
+    fn forget(&mut self, pfn: Pfn) {
+        if let Some(known) = self.pfns.get_mut(slot(pfn, DIGESTS_MAX))
+            && *known == pfn.0.wrapping_add(1)
+        {
+            *known = 0;
+        }
+        if let Some(Some((of, _))) = self.copies.get_mut(slot(pfn, COPIES_MAX))
+            && *of == pfn
+        {
+            *of = Pfn(u64::MAX);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::PageType;
+    use crate::stream::libxc::{RECORD_HEADER_BYTES, RecordHeader};
+
+    fn reducer(reduce: Reduce) -> Reducer<'static> {
+        let agreed = Agreed { reduce: reduce.or(Reduce::ALWAYS), seed: 3 };
+        let clock = Box::new(|| Duration::ZERO);
+        Reducer::new(Reducing { agreed, clock }).unwrap()
+    }
+
+    /// Sends a page: how many bytes that takes, and what the receiver has afterwards.
+    fn send(reducer: &mut Reducer<'_>, pfn: u64, now: &PageBuf, had: &mut PageBuf) -> usize {
+        assert!(reducer.begin(|_, _| panic!("nobody has to find out")));
+        let entry = PageEntry { pfn: Pfn(pfn), kind: PageType::Normal };
+        assert!(reducer.add(entry, now, true, Duration::ZERO).unwrap().is_none());
+        reducer.end();
+        let record = reducer.take().unwrap().unwrap();
+        let header = RecordHeader::parse(*record.first_chunk().unwrap()).unwrap();
+        let body = &record[RECORD_HEADER_BYTES..RECORD_HEADER_BYTES + header.length];
+        let before = had.clone();
+        let read = |_: usize, into: &mut PageBuf| into.0 = before.0;
+        let parsed = reduced::parse(body).unwrap();
+        parsed.unpack(&reducer.agreed, read, |_, page| had.0 = page.0).unwrap();
+        assert!(had.0 == now.0);
+        body.len() - 24
+    }
+
+    fn noise(seed: u8) -> PageBuf {
+        let mut word = 0x9e37_79b9_7f4a_7c15_u64 ^ u64::from(seed);
+        let mut page = PageBuf([0; PAGE_SIZE]);
+        for chunk in page.0.as_chunks_mut::<8>().0 {
+            word = word.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            *chunk = (word ^ word >> 29).to_le_bytes();
+        }
+        page
+    }
+
+    #[test]
+    fn what_is_known_of_a_page_is_left_out() {
+        let (mut all, mut had) = (reducer(Reduce::ALL), noise(0));
+        let mut now = noise(1);
+        assert_eq!(send(&mut all, 7, &now, &mut had), PAGE_SIZE);
+        assert_eq!(send(&mut all, 7, &now, &mut had), 8, "the same");
+        now.0[100] ^= 1;
+        assert!(send(&mut all, 7, &now, &mut had) < 100, "a byte has changed");
+        assert_eq!(send(&mut all, 7, &PageBuf([0; PAGE_SIZE]), &mut had), 0);
+        assert_eq!(send(&mut all, 7, &now, &mut had), PAGE_SIZE, "a page of zeros is not kept");
+        assert!(send(&mut all, 7, &PageBuf([9; PAGE_SIZE]), &mut had) < 100, "compressed");
+        assert_eq!(all.left_out.by_kind().map(|(_, saved)| saved.pages), [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn what_others_have_sent_since_is_not_known() {
+        let (mut all, mut had) = (reducer(Reduce::ALL), noise(0));
+        let now = noise(1);
+        let forgets: [fn(&mut Reducer<'_>); 2] =
+            [|all| all.forget(Pfn(70)), |all| all.forget_run(1)];
+        for forget in forgets {
+            send(&mut all, 70, &now, &mut had);
+            assert_eq!(send(&mut all, 70, &now, &mut had), 8);
+            forget(&mut all);
+            had = noise(5);
+            assert_eq!(send(&mut all, 70, &now, &mut had), PAGE_SIZE);
+        }
+        all.forget_run(0);
+        assert_eq!(send(&mut all, 70, &now, &mut had), 8, "another run");
+        // Two pages that share a slot.
+        let other = 70 + DIGESTS_MAX as u64;
+        assert_eq!(send(&mut all, other, &now, &mut noise(6)), PAGE_SIZE);
+        assert_eq!(send(&mut all, 70, &now, &mut had), PAGE_SIZE);
+    }
+
+    #[test]
+    fn each_kind_can_be_left_out_of_it() {
+        let (zero, now) = (PageBuf([0; PAGE_SIZE]), noise(1));
+        let mut changed = noise(1);
+        changed.0[3] ^= 7;
+        for (kind, expected) in [
+            (Reduce::ZERO, [0, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]),
+            (Reduce::SAME, [PAGE_SIZE, PAGE_SIZE, 8, PAGE_SIZE]),
+            (Reduce::COMPRESS, [32, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]),
+            (Reduce::DELTA, [PAGE_SIZE, PAGE_SIZE, 40, 40]),
+        ] {
+            let (mut one, mut had) = (reducer(kind), noise(0));
+            for (page, expected) in [&zero, &now, &now, &changed].into_iter().zip(expected) {
+                let bytes = send(&mut one, 7, page, &mut had);
+                let close = bytes.abs_diff(expected) < 32 && (bytes == 8) == (expected == 8);
+                assert!(close, "{kind}: {bytes} bytes instead of about {expected}");
+            }
+        }
+    }
+}
