@@ -86,7 +86,11 @@ mod tests {
     fn the_longest_messages_arrive_whole_and_several_wait_for_their_reader() {
         let (ours, theirs) = pair().unwrap();
         let pages: Vec<Pfn> = (0..1024).map(|n| Pfn((1 << 52) - 2 * n)).collect();
-        let request = Request::Batch { pages: pages.clone(), pass: Pass { number: 4, last: true } };
+        let request = Request::Batch {
+            pages: pages.clone(),
+            taken_over: vec![3],
+            pass: Pass { number: 4, last: true },
+        };
         for _ in 0..MESSAGES_MAX {
             send(ours.as_fd(), &request).unwrap();
         }

@@ -422,6 +422,8 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use std::thread;
 
+    use rxl_migrate::stream::reduced::Reduce;
+
     use super::*;
     use crate::xc::PIPE_BYTES;
 

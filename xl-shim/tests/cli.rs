@@ -206,9 +206,9 @@ fn a_guard_whose_owner_is_gone_removes_the_unfinished_file_first_of_all() {
 }
 
 #[test]
-fn a_guard_that_is_told_to_stand_down_leaves_without_asking_xen() {
+fn a_guard_that_is_told_that_it_is_over_leaves_without_asking_xen() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rxl"));
     let args = ["domain-guard", "source", "--", "web", "5"];
-    let out = command.args(args).write_stdin("x").output().unwrap();
+    let out = command.args(args).write_stdin("x.").output().unwrap();
     assert_eq!((out.status.code(), out.stderr.as_slice()), (Some(0), b"".as_slice()));
 }
