@@ -55,6 +55,17 @@ pub enum Error {
     /// The guest's own structures make no sense, or moved.
     #[error("PV guest: {0}")]
     Guest(#[from] GuestError),
+    /// What has arrived is not what was sent.
+    #[error(
+        "{pages} pages or more differ from the source's (first: pfn {first}); look for memory \
+         errors on both hosts (xl dmesg)"
+    )]
+    Differs {
+        /// Pages that are known to differ.
+        pages: usize,
+        /// The first of them.
+        first: Pfn,
+    },
     /// The kind of guest is beyond this version.
     #[error("{0}")]
     Unsupported(&'static str),

@@ -128,6 +128,11 @@ pub enum Event {
     Suspended,
     /// All memory is out; vCPU and platform state follow.
     MemorySent,
+    /// The digests of all memory are out, and those that went over links are compared.
+    Verified {
+        /// Pages with a digest.
+        pages: u64,
+    },
     /// The last record is written.
     Finished {
         /// Bytes of the whole libxc stream.

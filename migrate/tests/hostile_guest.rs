@@ -6,7 +6,7 @@ use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, P2mKind, PvSpec, Wire};
 use rxl_migrate::frame::{Mfn, PAGE_SHIFT};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages};
 use rxl_migrate::source::precopy::Policy;
-use rxl_migrate::source::{Options, save};
+use rxl_migrate::source::{Options, Verify, save};
 use rxl_migrate::x86::pv::{PTE_FRAME_MASK, shared_info};
 
 /// Slot of the top-level table where the modelled guests keep a linear p2m.
@@ -48,7 +48,7 @@ fn a_p2m_that_a_few_pages_make_out_to_be_of_2_32_pfns_is_refused() {
     domain.poke(Mfn(shared), shared_info::MAX_PFN / 8, 1 << 32);
 
     let (mut wire, mut toolstack) = (Wire::default(), FakeToolstack::new(&domain));
-    let options = Options { live: true, verify: false, policy: Policy::Stock };
+    let options = Options { live: true, verify: Verify::No, policy: Policy::Stock };
     let error = save(&domain, &mut wire, &mut toolstack, &options).unwrap_err();
     let expected = GuestError::P2m("it is far larger than the guest's memory");
     assert!(matches!(&error, Error::Guest(guest) if *guest == expected), "{error}");

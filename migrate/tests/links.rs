@@ -14,12 +14,13 @@ use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{News, Request};
-use rxl_migrate::source::{self, save_with};
+use rxl_migrate::source::{self, Verify, save_with};
 use rxl_migrate::stream::reduced::Reduce;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need};
 use rxl_migrate::target::restore_with;
 
-const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
+const LIVE: source::Options =
+    source::Options { live: true, verify: Verify::No, policy: Policy::Stock };
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;
@@ -34,7 +35,7 @@ struct Moved {
 
 /// Moves `source` over a stream and links that break after so many bytes.
 fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
-    moved_reduced(source, breaks, seed, Reduce::ALL.or(Reduce::ALWAYS))
+    moved_reduced(source, breaks, seed, Reduce::ALL.or(Reduce::ALWAYS), &LIVE)
 }
 
 /// The same where `reduce` may be left out.
@@ -43,6 +44,7 @@ fn moved_reduced(
     breaks: &[Option<usize>],
     seed: u64,
     reduce: Reduce,
+    options: &source::Options,
 ) -> Moved {
     let stream = Pipe::new(1 << 20, None);
     let links: Vec<Link> = breaks.iter().map(|after| Link::new(*after)).collect();
@@ -69,7 +71,7 @@ fn moved_reduced(
     };
     let mut toolstack = FakeToolstack::new(source);
     let mut out = stream.clone();
-    let saved = save_with(source, &mut out, &mut toolstack, Some(Box::new(senders)), &LIVE);
+    let saved = save_with(source, &mut out, &mut toolstack, Some(Box::new(senders)), options);
     stream.close();
     let outcome = receiver.join().unwrap().unwrap();
     saved.unwrap();
@@ -109,7 +111,7 @@ fn a_guest_that_writes_arrives_as_it_was_over_any_number_of_links() {
 
 #[test]
 fn whole_pages_go_to_a_receiver_that_needs_them() {
-    let moved = moved_reduced(&guest(0), &[None, None], 0, Reduce::ALWAYS);
+    let moved = moved_reduced(&guest(0), &[None, None], 0, Reduce::ALWAYS, &LIVE);
     assert_eq!(moved.differences, [""; 0]);
     assert!(moved.left_out.is_nothing(), "{:?}", moved.left_out);
 }
@@ -127,7 +129,10 @@ fn links_that_break_at_any_byte_cost_nothing_but_time() {
                 _ => Some((rng.next() % (10 << 20)) as usize),
             })
             .collect();
-        let moved = moved(&guest(seed), &breaks, seed);
+        let verify = if seed % 2 == 0 { Verify::Digests } else { Verify::No };
+        let options = source::Options { verify, ..LIVE };
+        let reduce = Reduce::ALL.or(Reduce::ALWAYS);
+        let moved = moved_reduced(&guest(seed), &breaks, seed, reduce, &options);
         assert_eq!(moved.differences, [""; 0], "{breaks:?}, {seed}");
         lost += moved.lost;
     }

@@ -7,21 +7,25 @@
     reason = "what is not there is to stop the test"
 )]
 
+use std::io;
+
 use proptest::prelude::*;
 use rxl_migrate::error::{Error, GuestError};
 use rxl_migrate::fake::compare;
 use rxl_migrate::fake::{
-    FakeDomain, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, WIRING, Wire,
+    FakeDomain, FakePages, FakeToolstack, Heard, Host, HvmSpec, P2mKind, PvSpec, WIRING, Wire,
+    fill_pages,
 };
-use rxl_migrate::hypervisor::{Domain, LogLevel};
+use rxl_migrate::hypervisor::{Domain, LogLevel, PageSlot, StreamIn};
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
-use rxl_migrate::source::{self, save};
+use rxl_migrate::source::{self, Verify, save};
 use rxl_migrate::target::{Outcome, restore};
 
-const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
+const LIVE: source::Options =
+    source::Options { live: true, verify: Verify::No, policy: Policy::Stock };
 const STOPPED: source::Options =
-    source::Options { live: false, verify: false, policy: Policy::Stock };
+    source::Options { live: false, verify: Verify::No, policy: Policy::Stock };
 fn pv(p2m: P2mKind, seed: u64) -> PvSpec {
     PvSpec { pages: 1500, one_hole_in: 20, p2m, long_tail: false, vcpus: 3, processes: 3, seed }
 }
@@ -122,7 +126,7 @@ fn an_hvm_guest_gets_superpages_where_the_host_has_them() {
 
 #[test]
 fn a_comparison_after_the_move_finds_nothing_in_a_good_copy() {
-    let options = source::Options { live: true, verify: true, policy: Policy::Stock };
+    let options = source::Options { live: true, verify: Verify::Again, policy: Policy::Stock };
     let host = source_host(5);
     let source = pv(P2mKind::Linear, 5).build(&host);
     host.run_guests(50);
@@ -131,6 +135,74 @@ fn a_comparison_after_the_move_finds_nothing_in_a_good_copy() {
     let source = HvmSpec { pages: 700, seed: 6 }.build(&host);
     host.run_guests(5);
     assert_eq!(moved(&source, &options, 6), SAME);
+}
+
+#[test]
+fn digests_of_a_good_copy_are_those_of_the_guest() {
+    let options = source::Options { verify: Verify::Digests, ..LIVE };
+    for (linear, seed) in [(true, 7), (false, 8)] {
+        let host = source_host(seed);
+        let source = pv(if linear { P2mKind::Linear } else { P2mKind::Tree }, seed).build(&host);
+        host.run_guests(50);
+        assert_eq!(moved(&source, &options, seed), SAME);
+    }
+    let host = source_host(9);
+    let source = HvmSpec { pages: 700, seed: 9 }.build(&host);
+    host.run_guests(5);
+    assert_eq!(moved(&source, &options, 9), SAME);
+}
+
+/// A stream in which one page, counted from 0, changes on its way.
+struct Changing {
+    wire: Wire,
+    page: usize,
+}
+
+impl StreamIn<FakePages> for Changing {
+    fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        StreamIn::<FakePages>::read_exact(&mut self.wire, buf)
+    }
+
+    fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {
+        fill_pages(pages, slots, |page| {
+            StreamIn::<FakePages>::read_exact(&mut self.wire, page)?;
+            page[2047] ^= if self.page == 0 { 0x20 } else { 0 };
+            self.page = self.page.wrapping_sub(1);
+            Ok(())
+        })
+    }
+}
+
+/// What becomes of a guest of which page number `page` of the stream changes on its way: the
+/// differences, if it is restored, and what is logged.
+fn changed(hvm: bool, verify: Verify, page: usize) -> (Result<Vec<String>, Error>, Vec<String>) {
+    let host = source_host(11);
+    let source = match hvm {
+        true => HvmSpec { pages: 700, seed: 11 }.build(&host),
+        false => pv(P2mKind::Linear, 11).build(&host),
+    };
+    let mut wire = Wire::default();
+    let options = source::Options { verify, ..STOPPED };
+    save(&source, &mut wire, &mut FakeToolstack::new(&source), &options).unwrap();
+    let info = source.info().unwrap();
+    let target = Host::new(HOST_FRAMES, 3).create(hvm, info.total_pages, info.max_vcpu_id + 1);
+    let mut toolstack = FakeToolstack::new(&target);
+    let restored = restore(&target, &mut Changing { wire, page }, &mut toolstack, &WIRING);
+    assert_eq!(target.host().mapped_pages(), 0);
+    let differences = restored.map(|outcome| compare(&source, &target, &WIRING, &outcome));
+    let lines = toolstack.lines(LogLevel::Error).iter().map(ToString::to_string).collect();
+    (differences, lines)
+}
+
+#[test]
+fn a_page_that_changes_on_its_way_is_found_by_its_digest_and_by_nothing_else() {
+    for (hvm, page) in [(true, 9), (true, 555), (false, 9), (false, 300), (false, 1100)] {
+        let differences = changed(hvm, Verify::No, page).0.unwrap();
+        assert_eq!(differences.len(), 1, "page {page}: {differences:?}");
+        let (found, lines) = changed(hvm, Verify::Digests, page);
+        let Err(Error::Differs { pages: 1, first }) = found else { panic!("{page}: {found:?}") };
+        assert_eq!(lines, [format!("verify: pfn {first} differs")]);
+    }
 }
 
 /// A guest that runs, of either kind.

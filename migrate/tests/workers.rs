@@ -12,10 +12,11 @@ use rxl_migrate::error::Error;
 use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, HvmSpec, P2mKind, PvSpec, Wire, compare};
 use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::source::precopy::Policy;
-use rxl_migrate::source::{self, save_with};
+use rxl_migrate::source::{self, Verify, save_with};
 use rxl_migrate::target::restore;
 
-const LIVE: source::Options = source::Options { live: true, verify: false, policy: Policy::Stock };
+const LIVE: source::Options =
+    source::Options { live: true, verify: Verify::No, policy: Policy::Stock };
 /// Pages that a copy may have more than the guest had when it was suspended: what it gave back
 /// meanwhile comes along.
 const BALLOONED_PAGES_MAX: u64 = 2000;

@@ -89,7 +89,7 @@ mod tests {
         let request = Request::Batch {
             pages: pages.clone(),
             taken_over: vec![3],
-            pass: Pass { number: 4, last: true },
+            pass: Pass { number: 4, last: true, digests: false },
         };
         for _ in 0..MESSAGES_MAX {
             send(ours.as_fd(), &request).unwrap();

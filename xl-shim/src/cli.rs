@@ -225,6 +225,10 @@ pub(crate) struct MigrateArgs {
     /// Send all memory again at the end and compare it at the target (lengthens the pause)
     #[arg(long)]
     pub(crate) debug: bool,
+    /// Compare digests of all memory before the target may start the domain; it runs on here if a
+    /// page differs (lengthens the pause; the target must have rxl) [not in xl]
+    #[arg(long, conflicts_with = "debug")]
+    pub(crate) verify: bool,
     /// Ignored: migration is always live
     #[arg(long, hide = true)]
     pub(crate) live: bool,
@@ -248,7 +252,8 @@ impl MigrateArgs {
             anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted, reduce })
         });
         let policy = self.policy.policy(fixed_part);
-        Ok(Ways { workers: self.workers, links: links.transpose()?, policy })
+        let verify = self.verify;
+        Ok(Ways { workers: self.workers, links: links.transpose()?, policy, verify })
     }
 }
 

@@ -86,6 +86,10 @@ const OPTIONS: &[Opt] = options! {
             "--receiver": "the program at the target",
             "--workers": "who maps and sends memory",
         }
+        Own "fails the migration if a page differs at the target, which must have rxl \
+             ([verify](docs/verify.md))" {
+            "--verify": "compare digests of all memory before the target may start the domain",
+        }
         Own "memory over several connections, where both ends are rxl ([links](docs/links.md)); \
              the target must reach the source's addresses, else all goes through ssh" {
             "--streams": "how many connections",

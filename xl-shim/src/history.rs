@@ -59,6 +59,8 @@ pub(crate) struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 struct KeptPause {
     last_pass_ms: f64,
+    #[serde(default)]
+    verify_ms: f64,
 }
 
 /// How many elements there are.
@@ -99,7 +101,8 @@ impl History {
             all.filter(move |report| report.outcome == Outcome::Moved && report.target == went)
         };
         let fixed = |report: Entry| {
-            let ms = report.pause_ms? - report.pause?.last_pass_ms;
+            let KeptPause { last_pass_ms, verify_ms } = report.pause?;
+            let ms = report.pause_ms? - last_pass_ms - verify_ms;
             Duration::try_from_secs_f64(ms / 1000.0).ok()
         };
         let same = reports().filter(|report| report.domain == domain).find_map(fixed);
@@ -172,8 +175,8 @@ mod tests {
     fn write(directory: &Path, at: u64, domain: &str, host: &str, outcome: &str, fixed: f64) {
         let text = format!(
             r#"{{"version":1,"domain":"{domain}","host":"{host}","outcome":"{outcome}",
-                 "pause_ms":{},"pause":{{"last_pass_ms":50.0}}}}"#,
-            50.0 + fixed
+                 "pause_ms":{},"pause":{{"last_pass_ms":50.0,"verify_ms":30.0}}}}"#,
+            80.0 + fixed
         );
         fs::write(directory.join(format!("{at:014}.json")), text).unwrap();
     }

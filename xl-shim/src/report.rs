@@ -109,6 +109,9 @@ pub(crate) struct Pass {
 pub(crate) struct Pause {
     /// From the suspension until all memory was out.
     pub(crate) last_pass_ms: f64,
+    /// Digests of all memory, if they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) verify_ms: Option<f64>,
     /// vCPU and platform state.
     pub(crate) state_ms: f64,
     /// From the end of the memory stream until the target had a complete domain: the rest of the
@@ -154,6 +157,9 @@ pub(crate) struct Report {
     /// Bytes over the time from the first to the last of them, in MiB/s.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) rate_mib_s: Option<f64>,
+    /// Pages whose digests were compared at the target, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) verified_pages: Option<u64>,
     /// The passes that ended.
     pub(crate) passes: Vec<Pass>,
     /// Connections beside the stream.
@@ -224,6 +230,10 @@ impl Report {
             pause: pause(facts, suspended, reported),
             bytes,
             rate_mib_s: bytes.zip(seconds).map(|(b, s)| as_f64(b) / MIB / s),
+            verified_pages: facts.events.iter().find_map(|s| match s.event {
+                Event::Verified { pages } => Some(pages),
+                _ => None,
+            }),
             passes: passes(facts.events),
             links: links(facts.events),
             counters: counters(facts.events),
@@ -324,11 +334,13 @@ fn pause(facts: &Facts<'_>, suspended: Option<u64>, reported: Option<u64>) -> Op
     let first =
         |wanted: fn(&Event) -> bool| facts.events.iter().find(|s| wanted(&s.event)).map(|s| s.t_ns);
     let memory = first(|e| matches!(e, Event::MemorySent));
+    let verified = first(|e| matches!(e, Event::Verified { .. }));
     let finished = first(|e| matches!(e, Event::Finished { .. }));
     let ready = facts.timeline.at(Mark::Ready);
     Some(Pause {
         last_pass_ms: span(suspended, memory)?,
-        state_ms: span(memory, finished)?,
+        verify_ms: span(memory, verified),
+        state_ms: span(verified.or(memory), finished)?,
         target_ms: span(finished, ready)?,
         handshake_ms: span(ready, reported)?,
     })
@@ -462,6 +474,23 @@ mod tests {
         assert_eq!((pause.last_pass_ms, pause.state_ms), (30.0, 420.0));
         assert_eq!((pause.target_ms, pause.handshake_ms), (300.0, 100.0));
         assert_eq!(report.total_ms, 2000.0);
+    }
+
+    #[test]
+    fn digests_are_a_part_of_the_pause_of_their_own() {
+        let mut events = events();
+        events.insert(8, Stamped { t_ns: 1500 * MS, event: Event::Verified { pages: 290 } });
+        let report = Report::new(&Facts {
+            domain: "web",
+            target: Target::Host("host2".to_owned()),
+            outcome: Outcome::Moved,
+            cause: &[],
+            timeline: &timeline(),
+            events: &events,
+        });
+        let pause = report.pause.unwrap();
+        assert_eq!((pause.verify_ms, pause.state_ms), (Some(320.0), 100.0));
+        assert_eq!((report.pause_ms, report.verified_pages), (Some(850.0), Some(290)));
     }
 
     #[test]

@@ -83,7 +83,12 @@ fn run_save(args: &SaveArgs) -> anyhow::Result<()> {
     }
     let ways = Ways::from_environment();
     let policy = ways.policy.0;
-    let options = source::Options { live: args.live, verify: args.debug, policy };
+    let verify = match (args.debug, ways.verify && !is_file(&stream)?) {
+        (_, true) => source::Verify::Digests,
+        (true, false) => source::Verify::Again,
+        (false, false) => source::Verify::No,
+    };
+    let options = source::Options { live: args.live, verify, policy };
     let result = save(args.domain, &stream, &mut channel, &ways, &options);
     complete(channel, result.err(), "saving")
 }

@@ -29,6 +29,8 @@ pub(crate) struct Rune<'a> {
     pub(crate) host: &'a str,
     /// `--receiver`: the program there; none: rxl where there is one, else xl.
     pub(crate) receiver: Option<&'a str>,
+    /// xl is of no use there.
+    pub(crate) rxl_only: bool,
     /// Options of xl before the verb, e.g. `-vvv`.
     pub(crate) globals: Vec<String>,
     /// Options after it.
@@ -52,7 +54,7 @@ impl Rune<'_> {
         }
         let remote = match self.receiver {
             Some(program) => format!("{program} {words}"),
-            None => quoted(&remote_snippet(&words)),
+            None => quoted(&remote_snippet(&words, self.rxl_only)),
         };
         format!("exec {} {} {remote}", self.ssh, self.host)
     }
@@ -60,11 +62,15 @@ impl Rune<'_> {
 
 /// What the target's shell runs: plain POSIX, and no single quote in it, so that single quotes
 /// bring it through the local shell and ssh as it is.
-fn remote_snippet(words: &str) -> String {
+fn remote_snippet(words: &str, rxl_only: bool) -> String {
+    let (programs, none) = match rxl_only {
+        true => ("rxl", "no rxl"),
+        false => ("rxl xl", "neither rxl nor xl"),
+    };
     format!(
         "PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin; export PATH; \
-         for p in rxl xl; do command -v $p >/dev/null 2>&1 && exec $p {words}; done; \
-         echo \"neither rxl nor xl on $(uname -n)\" >&2; exit 127"
+         for p in {programs}; do command -v $p >/dev/null 2>&1 && exec $p {words}; done; \
+         echo \"{none} on $(uname -n)\" >&2; exit 127"
     )
 }
 
@@ -158,6 +164,7 @@ mod tests {
             ssh,
             host: "host2",
             receiver,
+            rxl_only: false,
             globals: vec!["-t".into(), "-vv".into()],
             options: vec!["-e", "-p"],
         }
@@ -173,7 +180,7 @@ mod tests {
     }
 
     /// Runs what the target's shell would be given, with `sh` in the place of ssh.
-    fn run_remote(programs: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    fn run_remote(programs: &[(&str, &str)], rxl_only: bool) -> (Option<i32>, String, String) {
         let dir = tempfile::tempdir().unwrap();
         for (name, script) in programs {
             let path = dir.path().join(name);
@@ -194,7 +201,7 @@ mod tests {
         std::fs::set_permissions(&ssh, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .unwrap();
         let ssh = ssh.to_str().unwrap().to_owned();
-        let command = rune(&ssh, None)
+        let command = Rune { rxl_only, ..rune(&ssh, None) }
             .command()
             .replace("PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin", "true");
         let out = Command::new("sh").args(["-c", &command]).output().unwrap();
@@ -207,11 +214,15 @@ mod tests {
         let rxl = ("rxl", "echo rxl \"$@\"");
         let xl = ("xl", "echo xl \"$@\"");
         let words = "-t -vv migrate-receive -e -p\n";
-        assert_eq!(run_remote(&[xl, rxl]).1, format!("rxl {words}"));
-        assert_eq!(run_remote(&[xl]).1, format!("xl {words}"));
-        let (code, out, err) = run_remote(&[]);
+        assert_eq!(run_remote(&[xl, rxl], false).1, format!("rxl {words}"));
+        assert_eq!(run_remote(&[xl], false).1, format!("xl {words}"));
+        let (code, out, err) = run_remote(&[], false);
         assert_eq!((code, out.as_str()), (Some(127), ""));
         assert!(err.starts_with("neither rxl nor xl on "), "{err}");
+        assert_eq!(run_remote(&[xl, rxl], true).1, format!("rxl {words}"));
+        let (code, out, err) = run_remote(&[xl], true);
+        assert_eq!((code, out.as_str()), (Some(127), ""));
+        assert!(err.starts_with("no rxl on "), "{err}");
     }
 
     #[test]

@@ -31,6 +31,8 @@ const ADDRESSES_ENV: &str = "RXL_ADDRESSES";
 const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
 /// What may be left out of what goes over links: see [`Reduce`].
 const REDUCE_ENV: &str = "RXL_REDUCE";
+/// Not empty: memory is compared by digests at the end of a migration.
+const VERIFY_ENV: &str = "RXL_VERIFY";
 /// Links to offer.
 const STREAMS_ENV: &str = "RXL_STREAMS";
 
@@ -101,6 +103,8 @@ pub(crate) struct Ways {
     /// `None`: the stream is all there is.
     pub(crate) links: Option<LinksWanted>,
     pub(crate) policy: PolicyWanted,
+    /// Whether memory is compared by digests.
+    pub(crate) verify: bool,
 }
 
 impl Ways {
@@ -112,11 +116,11 @@ impl Ways {
         let links = addresses.filter(|list| !list.is_empty()).map(|addresses| LinksWanted {
             addresses,
             count: variable::<u8>(STREAMS_ENV).filter(|count| *count > 0),
-            encrypted: env::var_os(NO_ENCRYPT_ENV).is_none_or(|value| value.is_empty()),
+            encrypted: !is_set(NO_ENCRYPT_ENV),
             reduce: variable::<Reduce>(REDUCE_ENV).unwrap_or(Reduce::ALL),
         });
         let policy = variable::<PolicyWanted>(policy::ENV).unwrap_or_default();
-        Ways { workers, links, policy }
+        Ways { workers, links, policy, verify: is_set(VERIFY_ENV) }
     }
 
     /// Passes it on to the save helper. To be called while there is one thread.
@@ -136,6 +140,7 @@ impl Ways {
             (NO_ENCRYPT_ENV, no_encrypt),
             (REDUCE_ENV, reduce),
             (policy::ENV, self.policy.to_string()),
+            (VERIFY_ENV, if self.verify { "1" } else { "" }.to_owned()),
         ];
         for (name, value) in all {
             inherit::set_variable(name, value.as_ref()).context("telling the save helper")?;
@@ -171,6 +176,10 @@ impl Ways {
 fn chosen(max: usize) -> u8 {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     u8::try_from(processors.min(max)).unwrap_or(1)
+}
+
+fn is_set(name: &str) -> bool {
+    env::var_os(name).is_some_and(|value| !value.is_empty())
 }
 
 fn variable<T: FromStr<Err: fmt::Display>>(name: &str) -> Option<T> {

@@ -1,5 +1,5 @@
 //! Sends one batch of pages: looks up frames, asks for types, maps, normalises page tables, writes
-//! a page-data record.
+//! a page-data record, or one of digests.
 //!
 //! A batch needs nothing of other batches of its pass, and whoever sends it keeps nothing of it but
 //! mappings ([`super::kept`]): what became of its pages is the [`Outcome`], and [`super::pass`]
@@ -20,6 +20,7 @@ use crate::runs;
 use crate::source::kept::{self, Kept};
 use crate::source::pv::PhysMap;
 use crate::source::reduce::{Reducer, Reducing, SAMPLES};
+use crate::stream::digest::{self, PageDigest};
 use crate::stream::libxc::{self, PageEntry};
 use crate::x86::pv::{self, Unfit};
 
@@ -112,6 +113,8 @@ pub struct Pass {
     pub number: u32,
     /// The guest is suspended: nothing may be put off.
     pub last: bool,
+    /// What goes out is not the pages but their digests.
+    pub digests: bool,
 }
 
 /// What became of the pages of a batch: each is in one of the four lists.
@@ -325,10 +328,11 @@ where
     }
 
     /// Keeps what was mapped for a batch of `pass`, if that is of use: what only the first pass has
-    /// sent is not. What the last pass maps is kept because it can be removed after the pause.
+    /// sent is not, nor what is digested, which is all memory. What the last pass maps is kept
+    /// because it can be removed after the pause.
     fn keep(&mut self, mapped: Mapped<D::Pages>, pass: Pass) {
         let pages_max = match pass {
-            Pass { number: 0, .. } => return,
+            Pass { number: 0, .. } | Pass { digests: true, .. } => return,
             Pass { last: true, .. } => kept::LAST_PASS_PAGES_MAX,
             Pass { .. } if matches!(self.space, Space::Pv(_)) => kept::PAGES_MAX,
             Pass { .. } => return,
@@ -342,7 +346,7 @@ where
         &mut self,
         pages: &[Page],
         mapped: &Mapped<D::Pages>,
-        Pass { last, .. }: Pass,
+        Pass { last, digests, .. }: Pass,
         outcome: &mut Outcome,
     ) -> Result<()> {
         let mut ready = Vec::with_capacity(pages.len());
@@ -371,6 +375,9 @@ where
         outcome.sent.extend(ready.iter().map(|page| page.entry.pfn));
         outcome.tables += copies as u64;
         self.kept_pages += ready.iter().filter(|page| mapped.had(page.place)).count() as u64;
+        if digests {
+            return self.write_digests(&ready, outcome);
+        }
         if !self.looks_at(&ready) {
             return self.write_whole(&ready, outcome);
         }
@@ -381,6 +388,31 @@ where
             self.write_whole(&tables, outcome)?;
         }
         self.write_reduced(&ready, outcome)
+    }
+
+    /// Writes what pages come to, as one record.
+    fn write_digests(
+        &mut self,
+        ready: &[Ready<'_, D::Pages>],
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        let mut pairs = Vec::with_capacity(ready.len());
+        for Ready { entry, place: (memory, index), copy } in ready {
+            let digest = match copy.and_then(|copy| self.tables.get(copy)) {
+                Some(table) => PageDigest::of(table),
+                None => {
+                    memory.read_page(*index, &mut self.page);
+                    PageDigest::of(&self.page)
+                }
+            };
+            pairs.push((*entry, digest));
+        }
+        let record = digest::record(&pairs)?;
+        let written = self.out.write_all(&record);
+        written.map_err(|source| Error::Stream { what: "writing digests", source })?;
+        outcome.bytes += record.len() as u64;
+        outcome.records += 1;
+        Ok(())
     }
 
     /// Writes pages as they are, as one record.

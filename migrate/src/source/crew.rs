@@ -287,7 +287,7 @@ mod tests {
 
     use super::*;
 
-    const PASS: Pass = Pass { number: 0, last: false };
+    const PASS: Pass = Pass { number: 0, last: false, digests: false };
 
     /// Workers that take everything and never say anything by themselves.
     struct Mute;

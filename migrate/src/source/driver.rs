@@ -11,10 +11,11 @@ use crate::hypervisor::{
 use crate::report;
 use crate::source::batch::{BatchSender, Space};
 use crate::source::hvm;
-use crate::source::machine::{Action, Event, Machine, PageSet};
+use crate::source::machine::{Action, Event, Machine, PageSet, Verify};
 use crate::source::pass::PassSender;
 use crate::source::precopy::{Policy, Seen};
 use crate::source::workers::Workers;
+use crate::stream::digest;
 use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
 
 /// How to save.
@@ -22,8 +23,8 @@ use crate::stream::libxc::{self, GuestKind, RecordKind, StreamHeader};
 pub struct Options {
     /// Keep the guest running during most of it.
     pub live: bool,
-    /// Send everything again at the end, for the receiver to compare.
-    pub verify: bool,
+    /// How the receiver compares the memory at the end.
+    pub verify: Verify,
     /// When to suspend a guest that runs.
     pub policy: Policy,
 }
@@ -183,6 +184,7 @@ where
                 let record = libxc::record(RecordKind::Verify, &[])?;
                 self.sender.write_record(&record, "writing the verify record")?;
             }
+            Action::SendDigests { pass } => self.send_digests(pass)?,
             Action::WriteTail => {
                 self.write_tail()?;
                 self.sender.batches.domain.leave_mapped();
@@ -207,8 +209,11 @@ where
         let guest = if self.info.hvm { GuestKind::Hvm } else { GuestKind::Pv };
         let header = StreamHeader { version: libxc::VERSION, guest, xen: domain.xen_version()? };
         let mut head = header.to_bytes().to_vec();
-        // What is sent to be compared has to come after all else, over the stream.
-        if !options.verify {
+        if options.verify == Verify::Digests {
+            head.extend(digest::verify_record()?);
+        }
+        // What is sent again to be compared has to come after all else, over the stream.
+        if options.verify != Verify::Again {
             head.extend(self.sender.offer().unwrap_or_default());
         }
         if guest == GuestKind::Pv {
@@ -254,6 +259,14 @@ where
             // In a large guest that takes a while, for which no suspended guest should wait.
             self.pending.clear_all();
         }
+        Ok(())
+    }
+
+    /// Sends the digests of all that the receiver has.
+    fn send_digests(&mut self, pass: u32) -> Result<()> {
+        let pages = self.sender.send_digests(pass, &mut self.pending)?;
+        self.check_unmoved()?;
+        self.sender.toolstack.event(&report::Event::Verified { pages });
         Ok(())
     }
 

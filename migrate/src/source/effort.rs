@@ -229,7 +229,7 @@ mod tests {
         for batch in 0..batches {
             let level = effort.level();
             let looked = if level == Level::Nothing { 8 } else { 1024 };
-            effort.note_looked(level, ns(look_ns * looked), looked as usize, 0);
+            effort.note_looked(level, ns(look_ns * looked), usize::try_from(looked).unwrap(), 0);
             now += ns(look_ns * looked);
             let mut bytes = 4 * MIB;
             if level != Level::Nothing {

@@ -6,7 +6,7 @@
 //!         ─► LogDirtyOn ─► SendPass 0 (all)                                  (all, last) ─► tail
 //!         ┌► ReadDirty ─┬─ enough ──► Suspend ─► ReadDirty(last) ─► SendPass(last) ─► tail
 //!         └─ SendPass n ◄─ not yet
-//!   tail: [WriteVerify ─► SendPass(verify)] ─► WriteTail ─► Cleanup ─► Done
+//!   tail: [WriteVerify ─► SendPass(all) | SendDigests] ─► WriteTail ─► Cleanup ─► Done
 //!   any failure or abort ─► Cleanup ─► Failed
 //! ```
 //!
@@ -55,6 +55,11 @@ pub enum Action {
     },
     /// Write the record after which pages are compared → [`Event::Done`].
     WriteVerify,
+    /// Send the digests of all pages that were sent → [`Event::Done`].
+    SendDigests {
+        /// 0-based.
+        pass: u32,
+    },
     /// Write the state records and END → [`Event::Done`].
     WriteTail,
     /// Switch off whatever was switched on; never fails → [`Event::Done`].
@@ -64,6 +69,20 @@ pub enum Action {
         /// Whether the stream is complete.
         complete: bool,
     },
+}
+
+/// How the receiver is to see that the memory has arrived as it was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// Not at all.
+    #[default]
+    No,
+    /// Everything is sent a second time at the end, as stock does; what differs is told, and
+    /// nothing follows from it.
+    Again,
+    /// By digests ([`crate::stream::digest`]); a page that differs fails the migration. Only a
+    /// receiver that is rxl takes such a stream.
+    Digests,
 }
 
 /// Which pages a pass covers.
@@ -147,16 +166,16 @@ pub struct Machine {
     state: State,
     live: bool,
     hvm: bool,
-    verify: bool,
+    verify: Verify,
     precopy: Precopy,
 }
 
 impl Machine {
     /// A save that has not begun. `live`: the guest runs during most of it. `hvm`: the guest has,
-    /// or may have, a device model that writes its memory. `verify`: everything is sent a second
-    /// time at the end, to be compared. `policy` says when the guest is suspended.
+    /// or may have, a device model that writes its memory. `verify`: how the memory is compared at
+    /// the end. `policy` says when the guest is suspended.
     #[must_use]
-    pub fn new(live: bool, hvm: bool, verify: bool, policy: Policy) -> Machine {
+    pub fn new(live: bool, hvm: bool, verify: Verify, policy: Policy) -> Machine {
         Machine { state: State::Idle, live, hvm, verify, precopy: Precopy::new(policy) }
     }
 
@@ -223,8 +242,11 @@ impl Machine {
                 State::LastPass { passes },
                 Action::SendPass { pass: passes, set: PageSet::Pending, last: true },
             ),
-            (State::LastPass { passes }, Event::Done) if self.verify => {
+            (State::LastPass { passes }, Event::Done) if self.verify == Verify::Again => {
                 (State::Verify { passes }, Action::WriteVerify)
+            }
+            (State::LastPass { passes }, Event::Done) if self.verify == Verify::Digests => {
+                (State::VerifyPass, Action::SendDigests { pass: passes + 1 })
             }
             (State::Verify { passes }, Event::Done) => (
                 State::VerifyPass,
@@ -258,8 +280,8 @@ mod tests {
 
     const SUSPEND: Action = Action::Suspend { expected: None };
 
-    fn machine(live: bool, hvm: bool, verify: bool) -> Machine {
-        Machine::new(live, hvm, verify, Policy::Stock)
+    fn machine(live: bool, hvm: bool) -> Machine {
+        Machine::new(live, hvm, Verify::No, Policy::Stock)
     }
 
     /// `pages` are left.
@@ -289,7 +311,7 @@ mod tests {
     fn a_live_save_reads_dirty_bits_between_passes_and_stops_when_few_are_left() {
         let pass = |pass, set, last| Action::SendPass { pass, set, last };
         assert_eq!(
-            run(machine(true, true, false), &[1000, 10, 30], None),
+            run(machine(true, true), &[1000, 10, 30], None),
             [
                 Action::QemuLogDirtyOn,
                 Action::WriteHead,
@@ -311,7 +333,7 @@ mod tests {
     #[test]
     fn a_save_of_a_stopped_guest_sends_all_once_without_log_dirty() {
         assert_eq!(
-            run(machine(false, true, false), &[], None),
+            run(machine(false, true), &[], None),
             [
                 Action::WriteHead,
                 SUSPEND,
@@ -326,7 +348,7 @@ mod tests {
     #[test]
     fn a_guest_that_would_be_suspended_for_too_long_is_left_alone_if_the_user_wants_that() {
         let limits = Limits { passes: 1, at_limit: AtLimit::Cancel, ..Limits::default() };
-        let mut machine = Machine::new(true, false, false, Policy::ByTime(limits));
+        let mut machine = Machine::new(true, false, Verify::No, Policy::ByTime(limits));
         let seconds = |took| Duration::from_secs(took);
         let seen = Seen { left: 1 << 30, sent: 1 << 30, took: seconds(1), ..Seen::default() };
         for event in [Event::Begin, Event::Done, Event::Done, Event::Done] {
@@ -340,7 +362,7 @@ mod tests {
 
     #[test]
     fn verification_sends_everything_again_after_the_last_pass() {
-        let actions = run(machine(true, false, true), &[], None);
+        let actions = run(Machine::new(true, false, Verify::Again, Policy::Stock), &[], None);
         let verify = actions.iter().position(|a| *a == Action::WriteVerify).unwrap();
         assert!(matches!(actions[verify - 1], Action::SendPass { last: true, .. }));
         assert!(matches!(
@@ -351,8 +373,16 @@ mod tests {
     }
 
     #[test]
+    fn digests_come_after_the_last_pass_and_before_the_state() {
+        let actions = run(Machine::new(true, false, Verify::Digests, Policy::Stock), &[], None);
+        let digests = actions.iter().position(|a| matches!(a, Action::SendDigests { .. })).unwrap();
+        assert!(matches!(actions[digests - 1], Action::SendPass { last: true, .. }));
+        assert_eq!(actions[digests + 1], Action::WriteTail);
+    }
+
+    #[test]
     fn an_event_that_answers_nothing_is_refused_and_changes_nothing() {
-        let mut machine = machine(true, false, false);
+        let mut machine = machine(true, false);
         assert!(matches!(machine.step(left(3)), Err(Error::Machine { .. })));
         assert_eq!(machine.step(Event::Begin).unwrap(), Action::WriteHead);
         assert!(matches!(machine.step(Event::Begin), Err(Error::Machine { .. })));
@@ -361,11 +391,12 @@ mod tests {
     proptest! {
         #[test]
         fn whatever_happens_it_ends_after_one_cleanup_and_says_whether_it_is_complete(
-            live: bool, hvm: bool, verify: bool,
+            live: bool, hvm: bool,
+            verify in prop::sample::select(&[Verify::No, Verify::Again, Verify::Digests][..]),
             dirty in prop::collection::vec(0_u64..200, 0..8),
             fail in prop::option::of(0_usize..30),
         ) {
-            let actions = run(machine(live, hvm, verify), &dirty, fail);
+            let actions = run(Machine::new(live, hvm, verify, Policy::Stock), &dirty, fail);
             let cleanups = actions.iter().filter(|a| **a == Action::Cleanup).count();
             prop_assert_eq!(cleanups, 1);
             let complete = actions.last() == Some(&Action::Finish { complete: true });

@@ -26,4 +26,5 @@ pub mod workers;
 
 pub use batch::{Outcome, Pass};
 pub use driver::{Options, Summary, save, save_with};
+pub use machine::Verify;
 pub use reduce::{Clock, Reducing};

@@ -52,8 +52,7 @@ pub(super) struct PassSender<'a, D: SourceDomain, O, T> {
 
 /// A pass in numbers.
 struct Progress {
-    pass: u32,
-    last: bool,
+    pass: Pass,
     what: String,
     pages: PassPages,
     done: u64,
@@ -137,24 +136,10 @@ where
     ) -> Result<()> {
         let pages = PassPages { wanted: set.count(), ..PassPages::default() };
         let what = if last { "Frames".into() } else { format!("Frames iteration {pass}") };
-        let mut progress = Progress { pass, last, what, pages, done: 0, hole: false, told: None };
+        let of = Pass { number: pass, last, digests: false };
+        let mut progress = Progress { pass: of, what, pages, done: 0, hole: false, told: None };
         self.toolstack.event(&Event::PassStarted { pass, last, pages: pages.wanted });
-        self.report(&mut progress);
-        loop {
-            self.send_set(set, &mut progress)?;
-            meanwhile(&self.batches)?;
-            self.collect_all(&mut progress)?;
-            self.end_pass()?;
-            if last {
-                self.confirm(&mut progress)?;
-            }
-            if !last || self.again.count() == 0 {
-                break;
-            }
-            set.clear_all();
-            set.take(&mut self.again);
-            progress.pages.wanted += set.count();
-        }
+        self.send_all(set, &mut progress, meanwhile)?;
         self.toolstack.event(&Event::PassEnded {
             pass,
             last,
@@ -162,6 +147,46 @@ where
             bytes: self.bytes,
         });
         Ok(())
+    }
+
+    /// Sends the digests of all pages that the receiver has heard of: how many those are. The guest
+    /// is suspended, and its last pass is over. `set` is room for them.
+    ///
+    /// # Errors
+    /// As [`PassSender::send`] for the last pass.
+    pub(super) fn send_digests(&mut self, pass: u32, set: &mut PageBitmap) -> Result<u64> {
+        set.clone_from(&self.sent);
+        let pages = PassPages { wanted: set.count(), ..PassPages::default() };
+        let pass = Pass { number: pass, last: true, digests: true };
+        let what = "Digests".into();
+        let mut progress = Progress { pass, what, pages, done: 0, hole: false, told: None };
+        self.send_all(set, &mut progress, &mut |_| Ok(()))?;
+        Ok(pages.wanted)
+    }
+
+    /// Sends `set`, and in the last pass what was lost of it, until all is confirmed.
+    fn send_all(
+        &mut self,
+        set: &mut PageBitmap,
+        progress: &mut Progress,
+        meanwhile: &mut dyn FnMut(&BatchSender<'a, D, O>) -> Result<()>,
+    ) -> Result<()> {
+        self.report(progress);
+        loop {
+            self.send_set(set, progress)?;
+            meanwhile(&self.batches)?;
+            self.collect_all(progress)?;
+            self.end_pass()?;
+            if progress.pass.last {
+                self.confirm(progress)?;
+            }
+            if !progress.pass.last || self.again.count() == 0 {
+                return Ok(());
+            }
+            set.clear_all();
+            set.take(&mut self.again);
+            progress.pages.wanted += set.count();
+        }
     }
 
     /// Writes a record that is not page data.
@@ -182,7 +207,7 @@ where
             return;
         }
         progress.told = Some(now);
-        let (pass, bytes) = (progress.pass, self.bytes);
+        let (pass, bytes) = (progress.pass.number, self.bytes);
         let links = self.crew.as_ref().map(Crew::link_bytes).unwrap_or_default();
         self.toolstack.event(&Event::PassProgress { pass, done, pages, bytes, links });
     }
@@ -190,7 +215,7 @@ where
     /// Sends all of `set`, or hands it to the workers.
     fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
         let mut shares = Shares::new(set, &self.owners);
-        let pass = Pass { number: progress.pass, last: progress.last };
+        let pass = progress.pass;
         while shares.pages() > 0 {
             self.take_news(false, progress)?;
             match (self.free_worker(progress)?, &mut self.crew) {
@@ -329,7 +354,7 @@ where
         pages.tables += outcome.tables;
         pages.plain += count(outcome.sent.len()).saturating_sub(outcome.tables);
         pages.empty += count(outcome.without_data.len());
-        if progress.last {
+        if progress.pass.last {
             // Without a frame now, they have simply no memory.
             pages.empty += count(outcome.without_frame.len());
             return;
@@ -366,7 +391,8 @@ mod tests {
         // 1000 pages of a guest that could have 100,000.
         let progress = |wanted, empty, hole| {
             let pages = PassPages { wanted, empty, ..PassPages::default() };
-            Progress { pass: 0, last: false, what: "".into(), pages, done: 0, hole, told: None }
+            let pass = Pass { number: 0, last: false, digests: false };
+            Progress { pass, what: "".into(), pages, done: 0, hole, told: None }
         };
         let left = |left, empty| progress(100_000, empty, false).likely_left(1000, left);
         assert_eq!(left(100_000, 0), 1000);

@@ -130,10 +130,13 @@ pub enum RecordKind {
     RxlPassEnd = OPTIONAL | 0x5258_0003,
     RxlLinkLost = OPTIONAL | 0x5258_0004,
     RxlReduced = OPTIONAL | 0x5258_0005,
+    // The same, but mandatory (`super::digest`): who does not know them must not go on.
+    RxlVerify = 0x5258_0006,
+    RxlDigests = 0x5258_0007,
 }
 
 impl RecordKind {
-    pub(crate) const ALL: [RecordKind; 21] = [
+    pub(crate) const ALL: [RecordKind; 23] = [
         RecordKind::End,
         RecordKind::PageData,
         RecordKind::X86PvInfo,
@@ -155,6 +158,8 @@ impl RecordKind {
         RecordKind::RxlPassEnd,
         RecordKind::RxlLinkLost,
         RecordKind::RxlReduced,
+        RecordKind::RxlVerify,
+        RecordKind::RxlDigests,
     ];
 
     /// The number in the stream.

@@ -3,12 +3,13 @@
 use std::io;
 
 use crate::error::{Error, Result};
-use crate::frame::Pfn;
+use crate::frame::{INVALID_FRAME, Pfn};
 use crate::stream::link::{LinkSet, Offer};
 use crate::target::file::{Batch, Batches};
 use crate::target::guest::{Guest, Memory};
 use crate::target::links::{Answer, Ask, Links, Need};
 use crate::target::passes::Passes;
+use crate::target::verify::Differing;
 
 /// The workers, if there may be any.
 pub(super) struct Crew<'a> {
@@ -22,13 +23,15 @@ pub(super) struct Crew<'a> {
     waiting: Vec<(u8, u32)>,
     /// What is placed from a file.
     batches: Batches,
+    /// Pages that are not as they were sent, if that was asked for.
+    pub(super) differing: Differing,
 }
 
 impl<'a> Crew<'a> {
     pub(super) fn new(links: Option<Box<dyn Links + 'a>>) -> Crew<'a> {
         let reads_file = links.as_ref().is_some_and(|links| links.readers() > 0);
-        let (passes, waiting, batches) = Default::default();
-        Crew { links, opened: false, reads_file, passes, waiting, batches }
+        let (passes, waiting, batches, differing) = Default::default();
+        Crew { links, opened: false, reads_file, passes, waiting, batches, differing }
     }
 
     /// Whether what is in the stream is for workers to read.
@@ -135,6 +138,14 @@ impl<'a> Crew<'a> {
             Need::Ask(link, Ask::Resolve(pfns)) => {
                 let frames = guest.resolve(&pfns)?;
                 self.answer(link, &Answer::Frames(frames));
+            }
+            Need::Ask(link, Ask::Look(pfns)) => {
+                let frame = |pfn: &Pfn| Guest::frame(guest, *pfn).unwrap_or(INVALID_FRAME);
+                self.answer(link, &Answer::Frames(pfns.iter().map(frame).collect()));
+            }
+            Need::Ask(link, Ask::Differ(pfns)) => {
+                self.differing.note(pfns);
+                self.answer(link, &Answer::GoOn);
             }
             Need::Ask(link, Ask::Pass(pass)) => {
                 self.passes.come(link, pass)?;

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
 use crate::frame::DomId;
-use crate::hypervisor::{CpuPolicy, Domain, LogLevel, StreamIn, TargetDomain, Toolstack};
+use crate::hypervisor::{CpuPolicy, LogLevel, StreamIn, TargetDomain, Toolstack};
 use crate::report::Event as Report;
 use crate::stream::FormatError;
 use crate::stream::libxc::{
@@ -19,6 +19,7 @@ use crate::target::links::Links;
 use crate::target::machine::{Action, Event, Machine};
 use crate::target::pages::{self, Placer, Verification};
 use crate::target::pv::Pv;
+use crate::target::verify::Verifier;
 
 /// Bytes of a `xen_cpuid_leaf_t`.
 const CPUID_LEAF_BYTES: usize = 24;
@@ -55,8 +56,8 @@ pub struct Outcome {
 ///
 /// # Errors
 /// Anything that [`Error`] names but [`Error::NotSuspended`]. After an error the domain is
-/// worthless. Pages that differ after a VERIFY record are logged and are no error: a guest should
-/// not be lost to a debugging aid.
+/// worthless. Pages that differ after a VERIFY record are logged and are no error, as stock has it;
+/// one that differs from its digest is.
 pub fn restore<D, I, T>(
     domain: &D,
     input: &mut I,
@@ -208,7 +209,7 @@ fn padded(length: usize) -> usize {
 }
 
 /// A restore that is under way.
-pub(super) struct Receiver<'a, 'b, D: Domain, I, T, G> {
+pub(super) struct Receiver<'a, 'b, D: TargetDomain, I, T, G> {
     pub(super) domain: &'a D,
     pub(super) reader: &'a mut Reader<'b, I, D::Pages>,
     pub(super) toolstack: &'a mut T,
@@ -217,6 +218,7 @@ pub(super) struct Receiver<'a, 'b, D: Domain, I, T, G> {
     crew: Crew<'b>,
     placer: Placer<'a, D>,
     verification: Verification,
+    verifier: Verifier<'a, D>,
     cpuid: Option<Vec<u8>>,
     msrs: Option<Vec<u8>>,
 }
@@ -243,6 +245,7 @@ where
             crew,
             placer: Placer::new(domain),
             verification: Verification::default(),
+            verifier: Verifier::new(domain),
             cpuid: None,
             msrs: None,
         }
@@ -272,8 +275,13 @@ where
                     self.apply(kind, body)?;
                 }
                 Action::Pages { length, compare } => self.receive_pages(length, compare)?,
+                Action::Digests { length } => {
+                    let differing = self.verifier.compare(self.reader, &mut self.guest, length)?;
+                    self.crew.differing.note(differing);
+                }
                 Action::Complete => {
                     self.crew.dismiss();
+                    self.crew.differing.conclude(self.toolstack)?;
                     self.verification.report(self.toolstack);
                     return self.guest.complete(options);
                 }

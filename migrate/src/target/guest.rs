@@ -13,6 +13,8 @@ pub(super) trait Memory {
     fn prepare(&mut self, entries: &[PageEntry]) -> Result<()>;
     /// The frames of pfns that were prepared with data.
     fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>>;
+    /// The frames of any pfns, as far as they have memory.
+    fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>>;
     /// Turns the pfns of page tables into frames.
     fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()>;
 }
@@ -30,6 +32,10 @@ impl<G: Guest> Memory for G {
         Guest::frames(self, pfns)
     }
 
+    fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>> {
+        Ok(pfns.iter().map(|pfn| self.frame(*pfn)).collect())
+    }
+
     fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
         Guest::localise(self, tables)
     }
@@ -41,6 +47,8 @@ pub(super) trait Guest {
     fn check(&self, entry: &PageEntry) -> Result<()>;
     /// Gives memory to those of `pfns` that have none.
     fn populate(&mut self, pfns: impl Iterator<Item = Pfn>) -> Result<()>;
+    /// The frame of `pfn`, as the hypervisor maps it, if it has memory.
+    fn frame(&self, pfn: Pfn) -> Option<u64>;
     /// Remembers the type of a pfn; the last one counts.
     fn set_type(&mut self, pfn: Pfn, kind: PageType);
     /// The frames of `pfns`, which have memory, as the hypervisor maps them.

@@ -77,6 +77,10 @@ impl<D: TargetDomain> Guest for Hvm<'_, D> {
         memory::populate(self.domain, &mut self.populated, pfns)
     }
 
+    fn frame(&self, pfn: Pfn) -> Option<u64> {
+        self.populated.frame(pfn)
+    }
+
     fn set_type(&mut self, _pfn: Pfn, _kind: PageType) {}
 
     fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {

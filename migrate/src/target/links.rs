@@ -14,10 +14,11 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::frame::{PageBuf, Pfn};
+use crate::frame::{INVALID_FRAME, PageBuf, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, StreamIn, TargetDomain};
 use crate::runs;
 use crate::stream::FormatError;
+use crate::stream::digest::DIGESTS_BYTES_MAX;
 use crate::stream::libxc::{PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeader, RecordKind};
 use crate::stream::link::{self, Offer};
 use crate::stream::reduced::Agreed;
@@ -25,6 +26,7 @@ use crate::target::driver::Reader;
 use crate::target::file::Batch;
 use crate::target::guest::Memory;
 use crate::target::pages::Placer;
+use crate::target::verify::Verifier;
 use crate::x86::pv::{localise, referenced};
 
 /// Longest message in bytes: the frames of a batch with all their digits, or of those that a few
@@ -42,6 +44,10 @@ pub enum Ask {
     Prepare(#[serde(with = "runs::entries")] Vec<PageEntry>),
     /// For the frames of pages that a page table refers to, which get memory if they have none.
     Resolve(#[serde(with = "runs::pfns")] Vec<Pfn>),
+    /// For the frames of these pages, as far as they have memory.
+    Look(#[serde(with = "runs::pfns")] Vec<Pfn>),
+    /// Nothing: these pages are not as they were sent.
+    Differ(#[serde(with = "runs::pfns")] Vec<Pfn>),
     /// To be let into this pass; all of the earlier ones is placed.
     Pass(u32),
     /// For a batch of the file that the stream is; what it had is placed, and mapped no more.
@@ -53,7 +59,7 @@ pub enum Ask {
 /// What it is answered. A question that has a bad answer ends the restore, and with it the worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Answer {
-    /// The frames, in order.
+    /// The frames, in order; [`INVALID_FRAME`] where there is none.
     Frames(#[serde(with = "runs::frames")] Vec<u64>),
     /// Go on.
     GoOn,
@@ -128,6 +134,7 @@ where
 {
     let mut worker = Worker {
         placer: Placer::new(domain),
+        verifier: Verifier::new(domain),
         reader: Reader::new(input),
         memory: Asked::new(owner),
         agreed,
@@ -146,6 +153,7 @@ where
 
 struct Worker<'a, 'b, D: TargetDomain, I, O> {
     placer: Placer<'a, D>,
+    verifier: Verifier<'a, D>,
     reader: Reader<'b, I, D::Pages>,
     memory: Asked<'b, O>,
     agreed: Agreed,
@@ -166,16 +174,22 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
         }
         let header = RecordHeader::parse(header)?;
         match header.kind {
+            ReadKind::Known(
+                kind @ (RecordKind::PageData | RecordKind::RxlReduced | RecordKind::RxlDigests),
+            ) if !self.let_in => {
+                let why = "comes over a link before its first pass";
+                return Err(FormatError::Order { kind: kind.code(), why }.into());
+            }
             ReadKind::Known(kind @ (RecordKind::PageData | RecordKind::RxlReduced)) => {
-                if !self.let_in {
-                    let why = "comes over a link before its first pass";
-                    return Err(FormatError::Order { kind: kind.code(), why }.into());
-                }
                 let Worker { placer, reader, memory, agreed, .. } = self;
                 match kind {
                     RecordKind::PageData => placer.receive(reader, memory, header.length)?,
                     _ => placer.receive_reduced(reader, memory, header.length, agreed)?,
                 }
+                self.confirm()?;
+            }
+            ReadKind::Known(RecordKind::RxlDigests) if header.length <= DIGESTS_BYTES_MAX => {
+                self.verify(header.length)?;
                 self.confirm()?;
             }
             ReadKind::Known(RecordKind::RxlPass) if header.length == 8 => {
@@ -191,6 +205,15 @@ impl<D: TargetDomain, I: LinkIn<D::Pages>, O: Owner> Worker<'_, '_, D, I, O> {
             ReadKind::Optional(code) => return Err(FormatError::UnknownRecord(code).into()),
         }
         Ok(true)
+    }
+
+    /// Compares pages with digests, and tells the owner of those that differ.
+    fn verify(&mut self, length: usize) -> Result<()> {
+        let differing = self.verifier.compare(&mut self.reader, &mut self.memory, length)?;
+        if !differing.is_empty() {
+            self.memory.ask(&Ask::Differ(differing))?;
+        }
+        Ok(())
     }
 
     /// One more record is applied.
@@ -258,6 +281,11 @@ impl<O: Owner> Memory for Asked<'_, O> {
 
     fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
         pfns.map(|pfn| lookup(&self.frames, pfn)).collect()
+    }
+
+    fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>> {
+        let frames = self.frames_of(&Ask::Look(pfns.to_vec()), pfns)?;
+        Ok(frames.iter().map(|(_, frame)| Some(*frame).filter(|f| *f != INVALID_FRAME)).collect())
     }
 
     fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {

@@ -13,6 +13,7 @@
 //!           PV: X86_PV_INFO             PV: X86_PV_P2M_FRAMES, then pages
 //!           CPU policies                [VERIFY, then pages to compare]
 //!           [an offer of links]         [ends of passes, lost links]
+//!           [that digests will come]    [digests]
 //! ```
 //!
 //! Streams of version 2 have no STATIC_DATA_END: there the first X86_PV_P2M_FRAMES (PV) or
@@ -23,6 +24,7 @@
 
 use crate::error::{Error, Result};
 use crate::stream::FormatError;
+use crate::stream::digest::DIGESTS_BYTES_MAX;
 use crate::stream::libxc::{GuestKind, ReadKind, RecordHeader, RecordKind, StreamHeader};
 use crate::stream::link::OFFER_BYTES_MAX;
 use crate::stream::reduced::REDUCED_BYTES_MAX;
@@ -67,6 +69,11 @@ pub enum Action {
         length: usize,
         /// Compare.
         compare: bool,
+    },
+    /// Read digests and compare them with what has been placed.
+    Digests {
+        /// Bytes of the record's body.
+        length: usize,
     },
     /// The stream is over: load the state. No event follows.
     Complete,
@@ -137,6 +144,8 @@ pub struct Machine {
     p2m: bool,
     offer: bool,
     compare: bool,
+    /// Digests will come.
+    verify: bool,
 }
 
 impl Machine {
@@ -154,6 +163,7 @@ impl Machine {
             p2m: false,
             offer: false,
             compare: false,
+            verify: false,
         }
     }
 
@@ -197,7 +207,10 @@ impl Machine {
         Ok(match kind {
             RecordKind::End => (State::Over, Action::Complete),
             RecordKind::StaticDataEnd => (State::ApplyingStaticData(None), Action::EndStaticData),
-            RecordKind::Verify => (State::AwaitingRecord, Action::ReadHeader),
+            RecordKind::Verify | RecordKind::RxlVerify => {
+                (State::AwaitingRecord, Action::ReadHeader)
+            }
+            RecordKind::RxlDigests => (State::Applying, Action::Digests { length }),
             RecordKind::PageData => {
                 (State::Applying, Action::Pages { length, compare: self.compare })
             }
@@ -215,7 +228,10 @@ impl Machine {
 
     fn check_length(&self, kind: RecordKind, length: usize) -> Result<(), FormatError> {
         let max = match kind {
-            RecordKind::End | RecordKind::Verify | RecordKind::StaticDataEnd => 0,
+            RecordKind::End
+            | RecordKind::Verify
+            | RecordKind::StaticDataEnd
+            | RecordKind::RxlVerify => 0,
             // Bounded by any record's limit, and not read whole.
             RecordKind::PageData => usize::MAX,
             RecordKind::X86PvInfo => 8,
@@ -233,6 +249,7 @@ impl Machine {
             RecordKind::RxlReduced => REDUCED_BYTES_MAX,
             RecordKind::RxlPass | RecordKind::RxlLinkLost => 8,
             RecordKind::RxlPassEnd => 16,
+            RecordKind::RxlDigests => DIGESTS_BYTES_MAX,
         };
         if length > max {
             let why = "longer than a record of its kind may be";
@@ -311,6 +328,16 @@ impl Machine {
             }
             RecordKind::RxlPass | RecordKind::RxlReduced => {
                 require(false, kind, "is for links only")?;
+            }
+            RecordKind::RxlVerify => {
+                require(phase == Phase::Static, kind, "comes after the static data")?;
+                require(!self.verify, kind, "comes twice")?;
+                self.verify = true;
+            }
+            RecordKind::RxlDigests => {
+                self.require_memory(kind)?;
+                require(self.has_space(), kind, "comes before X86_PV_P2M_FRAMES")?;
+                require(self.verify, kind, "comes without a word that it will")?;
             }
             RecordKind::End => require(phase == Phase::State, kind, "comes before the state")?,
         }
@@ -443,6 +470,8 @@ mod tests {
             (Hvm, 3, vec![K::StaticDataEnd, K::HvmContext, K::Verify], "comes after the state"),
             (Hvm, 3, vec![K::StaticDataEnd, K::PageData, K::End], "comes before the state"),
             (Hvm, 3, vec![K::End], "comes before the state"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::RxlDigests], "comes without a word that it will"),
+            (Hvm, 3, vec![K::StaticDataEnd, K::RxlVerify], "comes after the static data"),
             (Hvm, 3, vec![K::X86PvInfo], "is for PV guests only"),
             (Hvm, 3, vec![K::StaticDataEnd, K::SharedInfo], "is for PV guests only"),
             (Pv, 3, pv(&[K::HvmContext]), "is for HVM guests only"),
@@ -499,7 +528,8 @@ mod tests {
             let ends = actions.iter().filter(|a| **a == Action::EndStaticData).count();
             prop_assert_eq!(ends, usize::from(end.is_some()));
             for (index, action) in actions.iter().enumerate() {
-                let of_memory = matches!(action, Action::Pages { .. } | Action::Complete)
+                let of_memory = matches!(
+                    action, Action::Pages { .. } | Action::Digests { .. } | Action::Complete)
                     || matches!(action, Action::Body { kind: K::X86PvP2mFrames, .. });
                 prop_assert!(!of_memory || end.is_some_and(|end| end < index));
             }

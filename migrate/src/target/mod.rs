@@ -3,7 +3,7 @@
 //! [`machine`] decides which record may come when and does nothing itself; `driver` reads the
 //! records that it allows and applies them, against the traits of [`crate::hypervisor`]; `pages`
 //! places page data; `memory` and `p2m` know which pfns have memory; `pv` and `hvm` know the
-//! guests, behind the trait `guest::Guest`. [`links`] are the connections beside the stream: what a
+//! guests, behind the trait `guest::Guest`; `verify` compares with digests. [`links`] are the connections beside the stream: what a
 //! worker on one of them does, and, in `crew` and `passes`, how all stay in step. [`file`] is how
 //! workers share a stream that is a file.
 //!
@@ -26,6 +26,7 @@ mod pages;
 mod passes;
 mod pv;
 mod vcpu;
+mod verify;
 
 #[cfg(test)]
 mod tests;

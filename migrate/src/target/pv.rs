@@ -152,6 +152,10 @@ impl<D: TargetDomain> Guest for Pv<'_, D> {
         memory::populate(self.domain, &mut self.p2m, pfns)
     }
 
+    fn frame(&self, pfn: Pfn) -> Option<u64> {
+        memory::Space::frame(&self.p2m, pfn)
+    }
+
     fn set_type(&mut self, pfn: Pfn, kind: PageType) {
         self.p2m.set_type(pfn, kind);
     }

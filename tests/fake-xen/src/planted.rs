@@ -64,6 +64,24 @@ impl Rig {
         anyhow::bail!("none of {GUESTS_MAX} guests gave the fault an occasion")
     }
 
+    /// Saves a guest with digests, changes a page on its way, and says why it is not restored.
+    ///
+    /// # Errors
+    /// The save fails, or the restore does not.
+    pub fn changed_page(&self, migration: &Migration) -> Result<String> {
+        let source = migration.source()?;
+        let (saved, stream) = self.save_alone(migration, &source)?;
+        ensure!(saved.succeeded(), "saving: {}", saved.describe());
+        source.check_left_behind()?;
+        let mut parts = Stream::parse(&stream)?;
+        parts.change_page()?;
+        let target = migration.target(&source.domain)?;
+        let restored = self.restore_alone(migration, &target, &parts.to_bytes()?)?;
+        target.check_left_behind()?;
+        ensure!(!restored.succeeded(), "it is restored all the same");
+        Ok(restored.describe())
+    }
+
     /// `None`: the fault had no occasion.
     fn try_with(&self, planted: Planted, migration: &Migration) -> Result<Option<Vec<String>>> {
         let (guest, activity) = match planted {

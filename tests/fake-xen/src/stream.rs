@@ -100,6 +100,22 @@ impl Stream {
         })
     }
 
+    /// Changes a byte of the last page that holds ordinary memory.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(crate) fn change_page(&mut self) -> Result<()> {
+        let records = self.records.iter_mut().rev();
+        let mut pages = records.flat_map(|record| match record {
+            Record::Pages(pages) => pages.as_mut_slice(),
+            Record::Other(_) => &mut [],
+        });
+        let page = pages.rfind(|page| page.kind == PageType::Normal);
+        let byte = page.and_then(|page| page.data.as_mut()?.get_mut(PAGE_SIZE / 2));
+        *byte.context("no ordinary memory")? ^= 0x20;
+        Ok(())
+    }
+
     /// The places of each pfn's data.
     pub(crate) fn data_by_pfn(&self) -> BTreeMap<u64, Vec<(Place, &Page)>> {
         let mut found: BTreeMap<u64, Vec<_>> = BTreeMap::new();

@@ -30,7 +30,9 @@ pub enum Ways {
     Links(u8),
     /// The same, encrypted.
     Sealed(u8),
-    /// The same, and so many processes of either end are killed meanwhile.
+    /// Over so many links, or by one process, and compared by digests at the end.
+    Verified(u8),
+    /// Over links, and so many processes of either end are killed meanwhile.
     Killed(u8, u32),
 }
 
@@ -43,6 +45,8 @@ impl std::fmt::Display for Ways {
             Ways::WorkerKilled(count) => write!(f, "{count} workers, one of them killed"),
             Ways::Links(count) => write!(f, "{count} links"),
             Ways::Sealed(count) => write!(f, "{count} encrypted links"),
+            Ways::Verified(0) => f.write_str("one process, digests"),
+            Ways::Verified(count) => write!(f, "{count} links, digests"),
             Ways::Killed(count, kills) => write!(f, "{count} links, {kills} workers killed"),
         }
     }
@@ -54,15 +58,26 @@ impl Ways {
         let workers = match self {
             Ways::Workers(count) | Ways::WorkerKilled(count) => count.to_string(),
             Ways::Threads(count) => format!("{count}:thread"),
-            Ways::Alone | Ways::Links(_) | Ways::Sealed(_) | Ways::Killed(..) => "1".to_owned(),
+            _ => "1".to_owned(),
         };
         command.env("RXL_WORKERS", workers);
-        if let Ways::Links(count) | Ways::Sealed(count) | Ways::Killed(count, _) = self {
+        command.env("RXL_VERIFY", if self.is_verified() { "1" } else { "" });
+        if let Ways::Links(count)
+        | Ways::Sealed(count)
+        | Ways::Verified(count @ 1..)
+        | Ways::Killed(count, _) = self
+        {
             let no_encrypt = if matches!(self, Ways::Sealed(_)) { "" } else { "1" };
             command.env("RXL_NO_ENCRYPT", no_encrypt);
             command.env("RXL_ADDRESSES", "127.0.0.1,::1");
             command.env("RXL_STREAMS", count.to_string());
         }
+    }
+
+    /// Whether memory is compared by digests. Stock's verifier does not know such a stream.
+    #[must_use]
+    pub fn is_verified(self) -> bool {
+        matches!(self, Ways::Verified(_))
     }
 
     /// Whether connections are lost, and the helper warns of it.

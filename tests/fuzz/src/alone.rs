@@ -57,8 +57,8 @@ impl Owner for &Lonely<'_> {
     fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
         let wanted = match ask {
             Ask::Prepare(entries) => Some(entries.iter().filter(|e| e.kind.has_data()).count()),
-            Ask::Resolve(pfns) => Some(pfns.len()),
-            Ask::Pass(_) | Ask::Batch | Ask::Failed(_) => None,
+            Ask::Resolve(pfns) | Ask::Look(pfns) => Some(pfns.len()),
+            Ask::Differ(_) | Ask::Pass(_) | Ask::Batch | Ask::Failed(_) => None,
         };
         let answer = self.input.borrow_mut().take(|input| match input.u8() % 8 {
             6 => Some(Answer::GoOn),
@@ -121,7 +121,12 @@ impl Curious {
             }
             4 => {
                 let count = input.u8();
-                Ask::Resolve((0..count).map(|_| Pfn(input.u16().into())).collect())
+                let pfns = (0..count).map(|_| Pfn(input.u16().into())).collect();
+                match kind / 8 % 3 {
+                    0 => Ask::Resolve(pfns),
+                    1 => Ask::Look(pfns),
+                    _ => Ask::Differ(pfns),
+                }
             }
             5 => Ask::Failed("a reason".into()),
             _ => Ask::Pass(input.u8().into()),

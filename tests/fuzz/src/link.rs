@@ -200,7 +200,7 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         Request::Batch {
             pages: pfns.clone(),
             taken_over: vec![0],
-            pass: Pass { number: 4, last: true },
+            pass: Pass { number: 4, last: true, digests: false },
         },
         Request::Entries(entries.clone()),
         Request::Pass(3),
@@ -216,7 +216,9 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
     }
     let batch = Batch { offset: 7, entries: entries.clone(), frames: vec![1, 2] };
     let failed = Ask::Failed("why".into());
-    for ask in [Ask::Prepare(entries), Ask::Resolve(pfns), Ask::Pass(1), Ask::Batch, failed] {
+    let (look, differ) = (Ask::Look(pfns.clone()), Ask::Differ(pfns.clone()));
+    let others = [look, differ, Ask::Pass(1), Ask::Batch, failed];
+    for ask in [Ask::Prepare(entries), Ask::Resolve(pfns)].into_iter().chain(others) {
         seeds.push(json(2, serde_json::to_vec(&ask)));
     }
     for answer in [Answer::Frames(vec![1, 2, u64::MAX - 1]), Answer::GoOn, Answer::Place(batch)] {

@@ -161,7 +161,8 @@ fn send_on(domain: &FakeDomain) {
 
 fn saved(domain: &FakeDomain) -> Wire {
     let mut wire = Wire::default();
-    let options = source::Options { live: false, verify: false, policy: Policy::Stock };
+    let options =
+        source::Options { live: false, verify: source::Verify::No, policy: Policy::Stock };
     save(domain, &mut wire, &mut FakeToolstack::new(domain), &options)
         .expect("rxl saves what it restored");
     wire

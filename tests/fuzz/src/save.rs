@@ -19,7 +19,7 @@ use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, SourceDoma
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::Workers;
-use rxl_migrate::source::{Options, save_with};
+use rxl_migrate::source::{Options, Verify, save_with};
 use rxl_migrate::target::restore_with;
 use rxl_migrate::x86::pv::{PTE_FRAME_MASK, context, get_u64, shared_info};
 
@@ -293,8 +293,12 @@ fn arrives(bytes: &[u8]) -> bool {
     let senders = has(flag::WORKERS).then(|| Senders::new(&domain, plan, &out, choices));
     let links = senders.as_ref().map(|senders| Rc::clone(&senders.links)).unwrap_or_default();
     let workers = senders.map(|senders| Box::new(senders) as Box<dyn Workers>);
-    let options =
-        Options { live: has(flag::LIVE), verify: has(flag::VERIFY), policy: Policy::Stock };
+    let verify = match (has(flag::VERIFY), has(flag::LIVE)) {
+        (false, _) => Verify::No,
+        (true, false) => Verify::Again,
+        (true, true) => Verify::Digests,
+    };
+    let options = Options { live: has(flag::LIVE), verify, policy: Policy::Stock };
     let result = save_with(&domain, &mut out, &mut toolstack, workers, &options);
     host.heal();
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");

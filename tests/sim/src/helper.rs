@@ -14,6 +14,7 @@ use rxl_migrate::hypervisor::{
     SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
 };
 use rxl_migrate::report::Event;
+use rxl_migrate::source::Verify;
 use rxl_migrate::source::workers::{Confirmed, Workers};
 use rxl_migrate::stream::libxc::RecordKind;
 use rxl_migrate::target::links::Links;
@@ -22,7 +23,7 @@ use rxl_migrate::{source, target};
 use crate::liar::{LyingLinks, LyingWorkers};
 use crate::machine::WIRING;
 use crate::pipe::PipeId;
-use crate::plant::{Plant, Reorder};
+use crate::plant::{Plant, Reorder, on_its_way};
 use crate::process::{File, Process};
 use crate::receivers::Openers;
 use crate::senders::{Pool, Turn};
@@ -40,7 +41,7 @@ pub(crate) fn save(
     stream: PipeId,
     replies: PipeId,
     messages: PipeId,
-    verify: bool,
+    verify: Verify,
 ) {
     let plant = process.world().plan.plant;
     let replies = File { process, pipe: replies };
@@ -183,7 +184,10 @@ impl StreamOut<FakePages> for Out<'_, '_> {
 
     fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
         let Some(reorder) = &mut self.reorder else {
-            return self.in_turn(|out| put_pages(head, pieces, |bytes| out.put(bytes)));
+            let plant = self.process.world().plan.plant;
+            return self.in_turn(|out| {
+                put_pages(head, pieces, |bytes| out.put(&on_its_way(plant, bytes)))
+            });
         };
         let mut record = Vec::new();
         put_pages(head, pieces, |bytes| {

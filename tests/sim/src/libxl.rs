@@ -9,6 +9,7 @@ use std::io::Read;
 
 use rxl_migrate::frame::DomId;
 use rxl_migrate::helper::Message;
+use rxl_migrate::source::Verify;
 use rxl_migrate::target::Outcome;
 
 use crate::helper;
@@ -113,7 +114,7 @@ impl Helper {
 }
 
 /// Writes the stream of the guest to `out`.
-pub(crate) fn save(process: &Process<'_>, out: PipeId, verify: bool) -> Result<(), u8> {
+pub(crate) fn save(process: &Process<'_>, out: PipeId, verify: Verify) -> Result<(), u8> {
     if !process.world().pipe(out).is_open(End::Read) {
         return Err(FAIL);
     }

@@ -12,7 +12,7 @@ use rxl_migrate::stream::link::{CONFIRMATION_BYTES, Confirmations, Unconfirmed};
 use rxl_migrate::target::links::LinkIn;
 
 use crate::pipe::PipeId;
-use crate::plant::{Plant, assume_zeros};
+use crate::plant::{Plant, assume_zeros, on_its_way};
 use crate::process::Process;
 use crate::world::Cond;
 
@@ -146,7 +146,8 @@ impl StreamOut<FakePages> for SendingLink<'_, '_> {
 
     fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, FakePages>]) -> io::Result<()> {
         self.note_sent(head);
-        put_pages(head, pieces, |bytes| self.put(bytes))
+        let plant = self.watch.process.world().plan.plant;
+        put_pages(head, pieces, |bytes| self.put(&on_its_way(plant, bytes)))
     }
 }
 

@@ -58,7 +58,8 @@ fn stream(process: &Process<'_>, rng: &mut Rng) -> Vec<u8> {
         lies.stream
     } else {
         let mut wire = Wire::default();
-        let options = source::Options { live: false, verify: rng.one_in(4), policy: Policy::Stock };
+        let verify = if rng.one_in(4) { source::Verify::Again } else { source::Verify::No };
+        let options = source::Options { live: false, verify, policy: Policy::Stock };
         let _ = source::save(&guest, &mut wire, &mut FakeToolstack::new(&guest), &options);
         wire.bytes
     };

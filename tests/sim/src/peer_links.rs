@@ -11,7 +11,7 @@ use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
-use rxl_migrate::source::{Options, Reducing, save_with};
+use rxl_migrate::source::{Options, Reducing, Verify, save_with};
 use rxl_migrate::stream::FormatError;
 use rxl_migrate::stream::link::{
     LinkSet, Offer, Secret, hello, link_lost_record, pass_end_record, pass_record,
@@ -91,8 +91,9 @@ pub(crate) fn make_up(guest: &FakeDomain, links: u8, rng: &mut Rng) -> Lies {
     let mut wires = vec![Wire::default(); usize::from(links)];
     let joined = (0..links).map(|link| News::Joined(link.into(), Some(link)));
     let workers = InMemory { guest, offer: &offer, wires: &mut wires, news: joined.collect() };
+    let verify = if rng.one_in(3) { Verify::Digests } else { Verify::No };
     let (mut wire, options) =
-        (Wire::default(), Options { live: rng.one_in(2), verify: false, policy: Policy::Stock });
+        (Wire::default(), Options { live: rng.one_in(2), verify, policy: Policy::Stock });
     let mut toolstack = FakeToolstack::new(guest);
     let _ = save_with(guest, &mut wire, &mut toolstack, Some(Box::new(workers)), &options);
     let mut stream = wire.bytes;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use rxl_migrate::fake::{FakeDomain, Host, HvmSpec, P2mKind, PvSpec, Rng};
 use rxl_migrate::hypervisor::Domain;
+use rxl_migrate::source::Verify;
 use rxl_migrate::source::precopy::{AtLimit, Limits, Policy};
 use serde_json::json;
 
@@ -118,7 +119,7 @@ pub(crate) struct Plan {
     /// The guest does something at every so many accesses; 0: never.
     run_every: u64,
     pub(crate) device_model: bool,
-    pub(crate) verify: bool,
+    pub(crate) verify: Verify,
     /// When the guest is suspended.
     pub(crate) policy: Policy,
     pub(crate) stays_paused: bool,
@@ -239,6 +240,16 @@ fn policy(seed: u64) -> Policy {
     }
 }
 
+/// How the memory is compared at the end.
+fn verify(dice: &mut Dice, plant: Option<Plant>) -> Verify {
+    match (plant, dice.within(0, 11)) {
+        (Some(Plant::PageChanged), _) => Verify::No,
+        (Some(Plant::PageChangedAndVerified), _) | (_, 0..=2) => Verify::Digests,
+        (_, 3) => Verify::Again,
+        _ => Verify::No,
+    }
+}
+
 impl Plan {
     pub(crate) fn new(seed: u64, plant: Option<Plant>) -> Plan {
         let mut dice = Dice(Rng::new(seed ^ 0x51a7_10ad_0b5e_55ed));
@@ -260,7 +271,7 @@ impl Plan {
             pages,
             run_every,
             device_model: kind == Kind::Hvm,
-            verify: dice.0.one_in(12),
+            verify: verify(&mut dice, plant),
             policy: policy(seed),
             stays_paused: dice.0.one_in(8),
             pipe_bytes: dice.one_of(&[512, 4096, 65_536]),

@@ -1,10 +1,11 @@
 //! Mistakes that the checkers have to find, planted around the product's code. Nothing of the
 //! product knows of them.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::rc::Rc;
 
-use rxl_migrate::frame::PageType;
+use rxl_migrate::frame::{PAGE_SIZE, PageType};
 use rxl_migrate::helper::EventSink;
 use rxl_migrate::report::Event;
 use rxl_migrate::stream::libxc::{
@@ -55,6 +56,11 @@ pub enum Plant {
     IdleLinkUnwatched,
     /// A link whose receiver is there and does not get on is not given up.
     StalledLinkKept,
+    /// A page changes on its way.
+    PageChanged,
+    /// The same, but the receiver has digests to compare with. Unlike all others this is found by
+    /// the product, so it is none of [`PLANTS`].
+    PageChangedAndVerified,
     /// Who fails or dies while it writes to a shared stream keeps its turn.
     TurnKept,
     /// The receiver takes the memory of pages of zeros for zeros.
@@ -65,8 +71,8 @@ pub enum Plant {
     ReducedUnasked,
 }
 
-/// All of them.
-pub const PLANTS: [Plant; 24] = [
+/// All that the checkers find.
+pub const PLANTS: [Plant; 25] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -87,6 +93,7 @@ pub const PLANTS: [Plant; 24] = [
     Plant::ConfirmationsNotAwaited,
     Plant::IdleLinkUnwatched,
     Plant::StalledLinkKept,
+    Plant::PageChanged,
     Plant::TurnKept,
     Plant::ZerosAssumed,
     Plant::StaleContent,
@@ -129,6 +136,16 @@ pub(crate) fn assume_zeros(record: &[u8]) -> Vec<u8> {
         let content = &content[..body_length(head) - 8 - entries.len() - words.len()];
         let parts: [&[u8]; 4] = [&left, &others, &other_words, content];
         bytes.extend(libxc::record(RecordKind::RxlReduced, &parts).unwrap_or_default());
+    }
+    bytes
+}
+
+/// What arrives where `bytes` were sent: with some mistakes each page has another byte.
+pub(crate) fn on_its_way(plant: Option<Plant>, bytes: &[u8]) -> Cow<'_, [u8]> {
+    let changes = [Plant::PageChanged, Plant::PageChangedAndVerified].map(Some).contains(&plant);
+    let mut bytes = Cow::Borrowed(bytes);
+    if changes && bytes.len() == PAGE_SIZE {
+        bytes.to_mut()[PAGE_SIZE / 2] ^= 0x20;
     }
     bytes
 }

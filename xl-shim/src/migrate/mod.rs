@@ -3,9 +3,10 @@
 mod conclusion;
 mod driver;
 
+use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rxl_migrate::xl::departure;
 use rxl_migrate::xl::handshake::SenderEnd;
 use rxl_toolstack::libxl::Libxl;
@@ -34,6 +35,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let mut timeline = Timeline::default();
     timeline.mark(Mark::Started);
     let screen = Screen::stderr();
+    check_receiver(args)?;
     // What changes the environment comes before all threads.
     host::become_save_helper()?;
     let pipe = EventsPipe::new()?;
@@ -66,6 +68,17 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     timeline.board().end(report.outcome.exit());
     report.publish(&screen, globals.verbose, args.report.as_deref())?;
     Ok(report.outcome.exit())
+}
+
+/// Whether the receiver that was named can do what is asked for.
+fn check_receiver(args: &MigrateArgs) -> anyhow::Result<()> {
+    let program = args.receiver.as_deref().and_then(|command| command.split(' ').next());
+    let is_xl = program.is_some_and(|path| Path::new(path).ends_with("xl"));
+    ensure!(
+        !(args.verify && is_xl),
+        "--verify needs rxl at the target: leave out --receiver, or name rxl there"
+    );
+    Ok(())
 }
 
 /// Starts what the migration takes, and runs it.
@@ -146,6 +159,7 @@ fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> Rune<'a> {
         ssh: &args.ssh,
         host: &args.host,
         receiver: args.receiver.as_deref(),
+        rxl_only: args.verify,
         globals: globals.into_iter().flatten().collect(),
         options: options.into_iter().flatten().collect(),
     }
