@@ -16,6 +16,7 @@ pub mod link;
 pub mod locks;
 pub mod mapping;
 pub mod nics;
+pub mod policy;
 pub mod traps;
 
 /// Prints one figure, as JSON if that is asked for, and lets it out at once: a run takes long.

@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use rxl_tests::bench::{cliff, mapping, nics};
+use rxl_tests::bench::{cliff, mapping, nics, policy};
 
 /// Benchmarks in the lab: they use the one that is up if it suffices, or boot one of their own.
 #[derive(Parser)]
@@ -16,6 +16,8 @@ enum Bench {
     Nics(nics::Options),
     /// A guest that writes faster than a NIC carries: stock over one, rxl over four
     Cliff(cliff::Options),
+    /// Whether the pause is what the user allows
+    Policy(policy::Options),
 }
 
 fn main() -> ExitCode {
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         Bench::Mapping(options) => mapping::run(options),
         Bench::Nics(options) => nics::run(options),
         Bench::Cliff(options) => cliff::run(&options),
+        Bench::Policy(options) => policy::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
