@@ -52,7 +52,7 @@ pub(crate) struct Globals {
     /// Begin each line of libxl's log with the time
     #[arg(short = 'T')]
     pub(crate) timestamps: bool,
-    /// As in xl; refused, because rxl's verbs have no dry run
+    /// As in xl; refused, because rxl's verbs have none (but migrate has --dry-run)
     #[arg(short = 'N')]
     pub(crate) dry_run: bool,
 }
@@ -229,6 +229,19 @@ pub(crate) struct MigrateArgs {
     /// page differs (lengthens the pause; the target must have rxl) [not in xl]
     #[arg(long, conflicts_with = "debug")]
     pub(crate) verify: bool,
+    /// Move nothing: look at what the domain writes, and say how long it would take and what the
+    /// pause would be; exit code 1 if it would be given up [not in xl]
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// For how many seconds --dry-run looks [not in xl]
+    #[arg(long, value_name = "S", default_value = "5", requires = "dry_run")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) sample: u64,
+    /// How fast memory goes to the target, in Mbit/s, for --dry-run; without it as the last time
+    /// [not in xl]
+    #[arg(long, value_name = "MBIT", requires = "dry_run")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: Option<u32>,
     /// Ignored: migration is always live
     #[arg(long, hide = true)]
     pub(crate) live: bool,

@@ -65,7 +65,7 @@ const OPTIONS: &[Opt] = options! {
             "-t": "progress with carriage returns",
             "-T": "time and process in each line of libxl's log",
         }
-        AsXl "rxl's verbs ask for no force and have no dry run" {
+        AsXl "rxl's verbs ask for no force and have no dry run, but for `migrate --dry-run`" {
             "-f": "force; accepted, and nothing asks for it",
             "-N": "dry run; refused in xl's words, exit code 1",
         }
@@ -89,6 +89,12 @@ const OPTIONS: &[Opt] = options! {
         Own "fails the migration if a page differs at the target, which must have rxl \
              ([verify](docs/verify.md))" {
             "--verify": "compare digests of all memory before the target may start the domain",
+        }
+        Own "nothing is moved: what it would take, from a short look at what the guest writes \
+             ([policy](docs/policy.md))" {
+            "--dry-run": "say how long it would take and what the pause would be",
+            "--sample": "for how long it looks",
+            "--rate": "how fast memory would go",
         }
         Own "memory over several connections, where both ends are rxl ([links](docs/links.md)); \
              the target must reach the source's addresses, else all goes through ssh" {

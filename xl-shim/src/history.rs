@@ -74,6 +74,12 @@ impl History {
         History(DIRECTORY.into())
     }
 
+    /// One for tests.
+    #[cfg(test)]
+    pub(crate) fn in_directory(directory: &Path) -> History {
+        History(directory.to_owned())
+    }
+
     /// Keeps `report`, and lets the oldest go.
     pub(crate) fn keep(&self, report: &Report) -> anyhow::Result<()> {
         let History(directory) = self;
@@ -95,11 +101,7 @@ impl History {
     /// How much of the pause was not memory when `domain` last went to `target`, or else any
     /// domain did.
     pub(crate) fn fixed_part(&self, domain: &str, target: &str) -> Option<Duration> {
-        let reports = || {
-            let all = self.files().into_iter().filter_map(|path| read(&path));
-            let went = Target::Host(target.to_owned());
-            all.filter(move |report| report.outcome == Outcome::Moved && report.target == went)
-        };
+        let reports = || self.moved_to(target);
         let fixed = |report: Entry| {
             let KeptPause { last_pass_ms, verify_ms } = report.pause?;
             let ms = report.pause_ms? - last_pass_ms - verify_ms;
@@ -107,6 +109,18 @@ impl History {
         };
         let same = reports().filter(|report| report.domain == domain).find_map(fixed);
         same.or_else(|| reports().find_map(fixed))
+    }
+
+    /// How fast memory went when any domain last went to `target`, in MiB/s.
+    pub(crate) fn rate(&self, target: &str) -> Option<f64> {
+        self.moved_to(target).find_map(|report| report.rate_mib_s)
+    }
+
+    /// The reports of what went to `target`, the newest first.
+    fn moved_to(&self, target: &str) -> impl Iterator<Item = Entry> {
+        let all = self.files().into_iter().filter_map(|path| read(&path));
+        let went = Target::Host(target.to_owned());
+        all.filter(move |report| report.outcome == Outcome::Moved && report.target == went)
     }
 
     /// What there is, the newest first.

@@ -415,7 +415,7 @@ fn span(from: Option<u64>, to: Option<u64>) -> Option<f64> {
 
 /// Exact up to 2^53, which is 8 PiB or 104 days of nanoseconds.
 #[allow(clippy::cast_precision_loss, reason = "see above")]
-fn as_f64(value: u64) -> f64 {
+pub(crate) fn as_f64(value: u64) -> f64 {
     value as f64
 }
 

@@ -2,8 +2,8 @@
 //!
 //! [`machine`] decides what comes next and does nothing itself; [`driver`] does what it decides,
 //! against the traits of [`crate::hypervisor`]; [`precopy`] decides when to stop copying a
-//! running guest; [`pass`] sends one set of pages, [`batch`] some of them at a time, with what
-//! [`kept`] has mapped; [`pv`] and [`hvm`] know the guests; [`workers`] are other processes that
+//! running guest, [`estimate`] what a migration would take; [`pass`] sends one set of pages,
+//! [`batch`] some of them at a time, with what [`kept`] has mapped; [`pv`] and [`hvm`] know the guests; [`workers`] are other processes that
 //! send batches, `crew` is who of them has which, `shares` who has sent which pages last; `reduce`
 //! leaves out of pages what need not be sent over a link, as far as that pays (`effort`).
 //!
@@ -14,6 +14,7 @@ mod batch;
 mod crew;
 mod driver;
 mod effort;
+pub mod estimate;
 mod hvm;
 mod kept;
 pub mod machine;

@@ -2,6 +2,7 @@
 
 mod conclusion;
 mod driver;
+mod dry_run;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -36,6 +37,9 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     timeline.mark(Mark::Started);
     let screen = Screen::stderr();
     check_receiver(args)?;
+    if args.dry_run {
+        return dry_run::run(globals, args, &screen);
+    }
     // What changes the environment comes before all threads.
     host::become_save_helper()?;
     let pipe = EventsPipe::new()?;
