@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, ensure};
+use rxl_migrate::frame::DomId;
 use rxl_migrate::xl::header::HeaderError;
 use rxl_migrate::xl::restoring::RestoreEnd;
 use rxl_toolstack::libxl::monitor;
@@ -36,7 +37,6 @@ pub(crate) fn run(globals: &Globals, args: &RestoreArgs) -> anyhow::Result<Exit>
     let too_late = "rxl: too late to cancel: the domain is being started".to_owned();
     let signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
     let channel = Channel::from_file(input, gate.clone())?;
-    let stays = args.foreground && !args.no_monitor;
     let helpers = Helpers { guard: true, monitor: !(args.foreground || args.no_monitor) };
     let mut arrival = Arrival::new(&host, channel, &gate, &screen, helpers);
     arrival.paused = args.paused;
@@ -50,21 +50,57 @@ pub(crate) fn run(globals: &Globals, args: &RestoreArgs) -> anyhow::Result<Exit>
     // From here on Ctrl-C ends this process, and the domain stays.
     drop((arrival, signals));
     let Some((domid, config)) = made.filter(|_| exit == Exit::Success) else { return Ok(exit) };
-    if args.vncviewer || args.autopass {
-        let option = args.autopass.then_some("--vncviewer-autopass");
-        start_xl(["vncviewer"].into_iter().chain(option), &domid.to_string(), &screen);
+    let Afterwards { clients, last } = Afterwards::of(args);
+    for words in clients {
+        start_xl(words, domid, &screen);
     }
-    if args.console && !stays {
-        let words = ["console".to_owned(), domid.to_string()].map(OsString::from);
-        return Err(passthrough::exec_xl(&words));
-    }
-    if args.console {
-        start_xl(["console"].into_iter(), &domid.to_string(), &screen);
-    }
-    if stays {
-        monitor::run(&host, domid, &config)?;
+    match last {
+        Last::Leave => {}
+        Last::Console => {
+            let words = ["console".to_owned(), domid.to_string()].map(OsString::from);
+            return Err(passthrough::exec_xl(&words));
+        }
+        Last::Watch => monitor::run(&host, domid, &config)?,
     }
     Ok(exit)
+}
+
+/// What is done once the domain is there.
+#[derive(Debug, PartialEq, Eq)]
+struct Afterwards {
+    /// Words of the real `xl`, each list a process beside this one; the number comes after them.
+    clients: Vec<&'static [&'static str]>,
+    last: Last,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Last {
+    Leave,
+    /// This process becomes the console's client.
+    Console,
+    /// It stays as the monitor.
+    Watch,
+}
+
+impl Afterwards {
+    fn of(args: &RestoreArgs) -> Afterwards {
+        let stays = args.foreground && !args.no_monitor;
+        let mut clients: Vec<&[&str]> = Vec::new();
+        if args.autopass {
+            clients.push(&["vncviewer", "--vncviewer-autopass"]);
+        } else if args.vncviewer {
+            clients.push(&["vncviewer"]);
+        }
+        if args.console && stays {
+            clients.push(&["console"]);
+        }
+        let last = match (stays, args.console) {
+            (true, _) => Last::Watch,
+            (false, true) => Last::Console,
+            (false, false) => Last::Leave,
+        };
+        Afterwards { clients, last }
+    }
 }
 
 /// The file, or standard input.
@@ -110,12 +146,47 @@ fn explain(error: &anyhow::Error) -> String {
 }
 
 /// Starts a client of the domain by the real `xl`. The domain is there without it, too.
-fn start_xl<'a>(words: impl Iterator<Item = &'a str>, domid: &str, screen: &Screen) {
+fn start_xl(words: &[&str], domid: DomId, screen: &Screen) {
     let started = passthrough::find_xl().and_then(|xl| {
         let mut command = Command::new(&xl);
-        command.args(words).arg(domid).spawn().with_context(|| format!("running {}", xl.display()))
+        command
+            .args(words)
+            .arg(domid.to_string())
+            .spawn()
+            .with_context(|| format!("running {}", xl.display()))
     });
     if let Err(error) = started {
         screen.line(&format!("rxl: {error:#}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Verb};
+
+    fn afterwards(options: &[&str]) -> (Vec<String>, Last) {
+        let line = [&["rxl", "restore"], options, &["file"]].concat();
+        let Verb::Restore(args) = Cli::try_parse_from(line).unwrap().verb else { panic!() };
+        let Afterwards { clients, last } = Afterwards::of(&args);
+        (clients.into_iter().map(|words| words.join(" ")).collect(), last)
+    }
+
+    #[test]
+    fn console_viewer_and_monitor_are_as_with_xl() {
+        let vnc = "vncviewer".to_owned();
+        let auto = "vncviewer --vncviewer-autopass".to_owned();
+        let console = "console".to_owned();
+        assert_eq!(afterwards(&[]), (vec![], Last::Leave));
+        assert_eq!(afterwards(&["-c"]), (vec![], Last::Console));
+        assert_eq!(afterwards(&["-V", "-c"]), (vec![vnc.clone()], Last::Console));
+        assert_eq!(afterwards(&["--vncviewer"]), (vec![vnc], Last::Leave));
+        assert_eq!(afterwards(&["-V", "-A"]), (vec![auto.clone()], Last::Leave));
+        assert_eq!(afterwards(&["--vncviewer-autopass"]), (vec![auto], Last::Leave));
+        assert_eq!(afterwards(&["-F"]), (vec![], Last::Watch));
+        assert_eq!(afterwards(&["-F", "-c"]), (vec![console], Last::Watch));
+        assert_eq!(afterwards(&["-F", "-e", "-c"]), (vec![], Last::Console));
     }
 }
