@@ -1,10 +1,11 @@
 //! Every pairing of rxl and the stock `xl`: guests that write their memory are migrated, and saved
-//! and restored, by either end, and nothing is lost.
+//! and restored, by either end, and nothing is lost. One is the stock `xl` at both ends with rxl's
+//! package diverting its save helper.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use rxl_lab::{GuestKind, Host, Route, save_path};
+use rxl_lab::{GuestKind, GuestSpec, Host, Route, save_path};
 
 use crate::lab::{Session, spec};
 use crate::smoke::DIRTY_PAGES_PER_S;
@@ -25,20 +26,31 @@ const SCRIPT_TIMEOUT: Duration = Duration::from_secs(300);
 type Variant = fn(&Session, &str) -> Result<()>;
 
 /// What rxl's verbs can do beside.
-const VARIANTS: [(&str, Variant); 4] = [
+const VARIANTS: [(&str, Variant); 5] = [
     ("save -c lets it run on, restore makes another", checkpoint),
     ("save -p and restore -p leave it paused", paused),
     ("save and restore through pipes", pipes),
     ("save replaces no other guest's file", other_file),
+    ("a paused guest is refused at once", paused_before),
 ];
 
-/// Runs the matrix with a PV and a PVH guest.
-pub fn run(tally: &mut Tally, session: &Session) {
-    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+/// Processors of each guest.
+const GUEST_VCPUS: u8 = 2;
+
+/// Runs the matrix with a PV and a PVH guest, or with an HVM guest.
+pub fn run(tally: &mut Tally, session: &Session, hvm: bool) {
+    let kinds: &[GuestKind] =
+        if hvm { &[GuestKind::Hvm] } else { &[GuestKind::Pv, GuestKind::Pvh] };
+    for &kind in kinds {
         let guest = format!("interop-{kind}");
         let label = kind.to_string().to_uppercase();
-        let start = || session.start(&guest, kind, DIRTY_PAGES_PER_S);
-        tally.case(&format!("{label}: start ({} MiB)", spec(&guest, kind).memory_mib), start);
+        let spec = GuestSpec {
+            dirty_pages_per_s: DIRTY_PAGES_PER_S,
+            vcpus: GUEST_VCPUS,
+            ..spec(&guest, kind)
+        };
+        let start = || session.start_spec(&spec);
+        tally.case(&format!("{label}: start ({} MiB)", spec.memory_mib), start);
         for (name, route) in PAIRINGS {
             tally.case(&format!("{label}: migrate, {name}"), || {
                 session.migrate(&guest, kind, route)
@@ -47,7 +59,14 @@ pub fn run(tally: &mut Tally, session: &Session) {
                 session.save_and_restore(&guest, route)
             });
         }
-        for (name, run) in VARIANTS {
+        let name = "stock xl with rxl's helper diverted to";
+        tally.case(&format!("{label}: migrate, save and restore, {name}"), || {
+            diverted(session, || {
+                session.migrate(&guest, kind, Route::Xl)?;
+                session.save_and_restore(&guest, Route::Xl)
+            })
+        });
+        for (name, run) in VARIANTS.into_iter().filter(|_| !hvm) {
             tally.case(&format!("{label}: {name}"), || {
                 run(session, &guest)?;
                 check(session, &guest)
@@ -55,6 +74,18 @@ pub fn run(tally: &mut Tally, session: &Session) {
         }
         tally.case(&format!("{label}: stop"), || session.remove(&guest));
     }
+}
+
+/// Does `run` while every stock xl uses rxl's helper, and could use no other.
+fn diverted(session: &Session, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    let on_all = |script: &str| session.lab().on_all_hosts(|host| host.run(script));
+    on_all("set -e; rxl divert; chmod a-x /usr/lib/xen-*/bin/libxl-save-helper.distrib")?;
+    let result = run();
+    on_all(
+        "set -e; chmod a+x /usr/lib/xen-*/bin/libxl-save-helper.distrib; rxl divert --undo; \
+         [ ! -L /usr/lib/xen-*/bin/libxl-save-helper ]; [ -z \"$(dpkg-divert --list '*helper')\" ]",
+    )?;
+    result
 }
 
 /// The guest runs where it is, and nothing is left of a save but what is known.
@@ -91,6 +122,20 @@ fn paused(session: &Session, guest: &str) -> Result<()> {
         &format!(
             "rxl save -p $guest $file; {is_paused}; xl destroy $guest; \
              rxl restore -p $file; {is_paused}; xl unpause $guest"
+        ),
+    )
+    .map(drop)
+}
+
+fn paused_before(session: &Session, guest: &str) -> Result<()> {
+    let refused = "grep -q 'it is paused' /run/rxl-said";
+    on_host(
+        session,
+        guest,
+        &format!(
+            "xl pause $guest; ! rxl save $guest $file 2>/run/rxl-said; {refused}; [ ! -e $file ]; \
+             ! rxl migrate -s '' $guest 'touch /run/rxl-started' 2>/run/rxl-said; {refused}; \
+             [ ! -e /run/rxl-started ]; xl unpause $guest"
         ),
     )
     .map(drop)

@@ -47,7 +47,7 @@ pub use crate::lab::{HostStatus, Lab, status};
 pub use crate::load::Load;
 pub use crate::migration::{Measured, Migration, REPORT_PATH, Route, Way};
 pub use crate::network::{NAMESPACE, address};
-pub use crate::push::{HELPER_PATH, RXL_PATH};
+pub use crate::push::RXL_PATH;
 pub use crate::saving::{SavedAndRestored, save_path};
 pub use crate::state::Shape;
 pub use crate::store::Store;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
@@ -11,24 +12,28 @@ use crate::process::output;
 use crate::progress::step;
 
 /// Where rxl is installed on a host.
-pub const RXL_PATH: &str = "/usr/local/bin/rxl";
+pub const RXL_PATH: &str = "/usr/bin/rxl";
 
-/// The name under which libxl runs rxl as its helper.
-pub const HELPER_PATH: &str = "/usr/local/lib/rxl/libxl-save-helper";
+/// Where a host finds rxl's package.
+const PACKAGE_PATH: &str = "/var/cache/rxl-lab/rxl.deb";
+
+/// Time that dpkg may take in emulation.
+const INSTALL_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Where other programs of this tree go.
 const PROGRAMS_DIR: &str = "/usr/local/lib/rxl-lab";
 
 impl Lab {
-    /// Builds rxl for release and installs it on every host, with its link as libxl's helper.
+    /// Builds rxl's package and installs it on every host, as a user would.
     pub fn push_rxl(&self) -> Result<()> {
-        step("built rxl", || build(&["--package", "rxl"]))?;
+        let package = step("built rxl's package", || {
+            output(&mut Command::new(workspace().join("dom0-setup/package")))
+        })?;
+        let package = fs::read(package.trim()).context("The package is not where it should be")?;
         step("installed rxl on all hosts", || {
-            self.install("rxl", RXL_PATH)?;
             self.on_all_hosts(|host| {
-                host.run(&format!(
-                    "mkdir -p $(dirname {HELPER_PATH}) && ln -sfn {RXL_PATH} {HELPER_PATH}"
-                ))
+                host.write_file(PACKAGE_PATH, "644", &package)?;
+                host.run_within(&format!("dpkg --install {PACKAGE_PATH}"), INSTALL_TIMEOUT)
             })
         })?;
         Ok(())

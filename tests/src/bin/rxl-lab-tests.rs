@@ -46,7 +46,11 @@ enum Suite {
     /// Moves a PV and a PVH guest between rxl and rxl, and between rxl and the stock xl
     Smoke,
     /// Every pairing of rxl and the stock xl: migrate, save and restore
-    Interop,
+    Interop {
+        /// An HVM guest instead of a PV and a PVH guest
+        #[arg(long)]
+        hvm: bool,
+    },
     /// Moves both guests there and back many times, then counts what is left behind
     Soak {
         /// How many times
@@ -78,7 +82,9 @@ fn main() -> ExitCode {
         Some(Suite::Sim { seed: Some(seed), .. }) => sim::show(&mut tally, seed),
         Some(Suite::Sim { seeds, .. }) => sim::run(&mut tally, seeds),
         Some(Suite::Smoke) => in_lab(&mut tally, smoke::run),
-        Some(Suite::Interop) => in_lab(&mut tally, interop::run),
+        Some(Suite::Interop { hvm }) => in_lab(&mut tally, |tally, session| {
+            interop::run(tally, session, hvm);
+        }),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {
             soak::run(tally, session, rounds);
         }),
