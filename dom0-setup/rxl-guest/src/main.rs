@@ -57,7 +57,7 @@ fn run(console: &Console) -> Result<()> {
         suspend::ignore_requests().context("Cannot stop listening for suspend requests")?;
         console.line("rxl-guest: suspend requests are not listened to");
     }
-    let bytes = system::memory_to_take()?;
+    let bytes = system::memory_to_take(options.leave_mib)?;
     let memory = Arc::new(GuestMemory::allocate(bytes, options.content, options.seed)?);
     memory.fill();
     let writer = Arc::new(Writer::new(Arc::clone(&memory), &options));

@@ -11,6 +11,8 @@ pub(crate) struct Options {
     pub(crate) dirty_pages_per_s: u64,
     /// `rxl.working_set`: MiB that are rewritten; 0 stands for all.
     pub(crate) working_set_mib: u64,
+    /// `rxl.leave`: MiB that are left alone beside what the system needs.
+    pub(crate) leave_mib: usize,
     /// `rxl.content`: what pages hold.
     pub(crate) content: Content,
     /// `rxl.seed`: start of all pseudo-random content.
@@ -38,6 +40,7 @@ impl Options {
         Self {
             dirty_pages_per_s: number("dirty", 0),
             working_set_mib: number("working_set", 0),
+            leave_mib: value("leave").and_then(|v| v.parse().ok()).unwrap_or(0),
             content: value("content").and_then(Content::parse).unwrap_or(Content::Random),
             seed: number("seed", 1),
             tick: Duration::from_millis(number("tick_ms", 20).max(1)),
@@ -53,10 +56,11 @@ mod tests {
 
     #[test]
     fn test_parse_mixed_line_reads_own_words() {
-        let options = Options::parse("console=hvc0 rxl.dirty=200 rxl.content=text rxl.seed=x\n");
+        let options =
+            Options::parse("console=hvc0 rxl.dirty=200 rxl.content=text rxl.seed=x rxl.leave=48\n");
         assert_eq!(options.dirty_pages_per_s, 200);
         assert_eq!(options.content, Content::Text);
-        assert_eq!(options.seed, 1);
+        assert_eq!((options.seed, options.leave_mib), (1, 48));
         assert!(!options.ignore_suspend);
     }
 

@@ -24,11 +24,11 @@ pub(crate) fn command_line() -> Result<String> {
     fs::read_to_string("/proc/cmdline").context("Cannot read the command line")
 }
 
-/// Bytes of memory that can be taken with the system staying healthy.
-pub(crate) fn memory_to_take() -> Result<usize> {
+/// Bytes of memory that can be taken with the system staying healthy, and `leave_mib` left alone.
+pub(crate) fn memory_to_take(leave_mib: usize) -> Result<usize> {
     let info = fs::read_to_string("/proc/meminfo").context("Cannot read memory information")?;
     let free = free_bytes(&info).context("No MemFree in memory information")?;
-    Ok(free.saturating_sub(MARGIN_BYTES + free / MARGIN_SHARE))
+    Ok(free.saturating_sub(MARGIN_BYTES + free / MARGIN_SHARE + (leave_mib << 20)))
 }
 
 fn free_bytes(meminfo: &str) -> Option<usize> {

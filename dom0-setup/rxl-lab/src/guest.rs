@@ -56,6 +56,8 @@ pub struct GuestSpec {
     pub dirty_pages_per_s: u64,
     /// Memory that is rewritten; all if `None`.
     pub working_set_mib: Option<u32>,
+    /// Memory that its program leaves alone, so that it can be given back.
+    pub leave_mib: Option<u32>,
     /// What its pages hold.
     pub content: Content,
     /// Whether it never answers a request to suspend, though it goes on running.
@@ -72,6 +74,7 @@ impl GuestSpec {
             vcpus: 1,
             dirty_pages_per_s: 0,
             working_set_mib: None,
+            leave_mib: None,
             content: Content::Random,
             ignores_suspend: false,
         }
@@ -113,6 +116,9 @@ impl GuestSpec {
         if let Some(mib) = self.working_set_mib {
             line.push_str(&format!(" rxl.working_set={mib}"));
         }
+        if let Some(mib) = self.leave_mib {
+            line.push_str(&format!(" rxl.leave={mib}"));
+        }
         if self.ignores_suspend {
             line.push_str(" rxl.no_suspend=1");
         }
@@ -153,6 +159,16 @@ pub struct GuestReport {
 impl Lab {
     /// Starts a guest and waits until it has filled its memory.
     pub fn start_guest(&self, host: &Host, spec: &GuestSpec) -> Result<()> {
+        step(&format!("started {} on {}", spec.name, host.name()), || {
+            self.create_guest(host, spec)?;
+            host.run_within(&await_ready(spec), START_TIMEOUT)
+                .with_context(|| format!("{} does not become ready", spec.name))
+        })?;
+        Ok(())
+    }
+
+    /// Starts a guest; its kernel has just begun then.
+    pub fn create_guest(&self, host: &Host, spec: &GuestSpec) -> Result<()> {
         check_name(&spec.name)?;
         if let Some(other) = self.find_guest(&spec.name)?.first() {
             bail!("{} runs already, on {}", spec.name, other.name());
@@ -161,12 +177,8 @@ impl Lab {
         let path = config_path(&spec.name);
         let config = spec.config(&initramfs);
         self.on_all_hosts(|host| host.write_file(&path, "644", config.as_bytes()))?;
-        step(&format!("started {} on {}", spec.name, host.name()), || {
-            let log = console_log(&spec.name);
-            host.run_within(&format!("rm -f {log}; xl create -q {path}"), START_TIMEOUT)?;
-            host.run_within(&await_ready(spec), START_TIMEOUT)
-                .with_context(|| format!("{} does not become ready", spec.name))
-        })?;
+        let log = console_log(&spec.name);
+        host.run_within(&format!("rm -f {log}; xl create -q {path}"), START_TIMEOUT)?;
         Ok(())
     }
 

@@ -100,6 +100,9 @@ struct StartArgs {
     /// Memory in MiB that is rewritten; without it, all.
     #[arg(long)]
     working_set: Option<u32>,
+    /// Memory in MiB that its program leaves alone, so that it can be given back.
+    #[arg(long)]
+    leave: Option<u32>,
     /// What pages hold: zero, random or text.
     #[arg(long, default_value = "random")]
     content: Content,
@@ -220,6 +223,7 @@ impl From<StartArgs> for GuestSpec {
             vcpus: arguments.vcpus,
             dirty_pages_per_s: arguments.dirty,
             working_set_mib: arguments.working_set,
+            leave_mib: arguments.leave,
             content: arguments.content,
             ignores_suspend: arguments.no_suspend,
         }

@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
-use rxl_tests::{bad_input, evacuate, failures, fake, fuzz, interop, sim, smoke, soak, unit};
+use rxl_tests::{
+    bad_input, evacuate, extents, failures, fake, fuzz, interop, restless, sim, smoke, soak, unit,
+};
 
 /// Seeds of the simulator that CI runs: some ten seconds.
 const SIM_SEEDS: u64 = 2_000;
@@ -64,6 +66,10 @@ enum Suite {
     /// Everything that takes part in a migration is killed or cut at each of its phases; then
     /// workers, connections and NICs are lost while guests move over four NICs
     Failures(failures::Options),
+    /// Guests that balloon or boot while they move
+    Restless,
+    /// Counts the extents of memory that a PVH guest gets at the target
+    Extents,
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -95,6 +101,8 @@ fn main() -> ExitCode {
             }
         }
         Some(Suite::Failures(options)) => failures::run(&mut tally, &options),
+        Some(Suite::Restless) => in_lab(&mut tally, restless::run),
+        Some(Suite::Extents) => in_lab(&mut tally, extents::run),
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()

@@ -18,9 +18,9 @@ use crate::lab::{Session, describe};
 use crate::tally::{Tally, note};
 
 /// How long a migration may take in emulation, with a guest that does not suspend.
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(240);
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(400);
 /// How long it may take until the migration is held.
-const HELD_TIMEOUT: Duration = Duration::from_secs(120);
+const HELD_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often what is left is looked for again, and after how long.
 const LOOKS: u32 = 3;
 const LOOK_PAUSE: Duration = Duration::from_secs(3);

@@ -21,9 +21,9 @@ const DIRTY_PAGES_PER_S: u64 = 200;
 /// What is asked for.
 #[derive(Clone, Debug, Args)]
 pub struct Options {
-    /// Only those whose name contains PATTERN
+    /// Only those whose name contains PATTERN; may be repeated
     #[arg(long, value_name = "PATTERN")]
-    only: Option<String>,
+    only: Vec<String>,
     /// Print the names
     #[arg(long)]
     list: bool,
@@ -31,7 +31,7 @@ pub struct Options {
 
 impl Options {
     fn has(&self, name: &str) -> bool {
-        self.only.as_ref().is_none_or(|pattern| name.contains(pattern))
+        self.only.is_empty() || self.only.iter().any(|pattern| name.contains(pattern))
     }
 }
 

@@ -1,0 +1,125 @@
+//! Guests that change while they move: one that gives memory back and takes it again, and one that
+//! has only begun to boot. Afterwards the guest's memory is right, on one host; or the migration
+//! was refused, with a reason, and it runs on where it was.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rxl_lab::{GuestKind, GuestSpec, Host};
+
+use crate::background::Background;
+use crate::lab::{Session, describe, spec};
+use crate::tally::{Tally, note};
+
+/// Pages that a guest rewrites per second.
+const DIRTY_PAGES_PER_S: u64 = 200;
+/// Memory that a guest leaves to its kernel, to be given back.
+const LEFT_MIB: u32 = 48;
+/// Memory that it gives back.
+const BALLOON_MIB: u32 = 32;
+/// How long a migration may take; libxl alone waits 60 s for a guest to suspend.
+const MIGRATION_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Who receives.
+const RECEIVERS: [(&str, &str); 2] = [("rxl to rxl", ""), ("rxl to stock xl", "--receiver xl")];
+
+/// Runs all of it.
+pub fn run(tally: &mut Tally, session: &Session) {
+    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+        let label = kind.to_string().to_uppercase();
+        let guest = roomy(kind);
+        if tally.case(&format!("{label}: start"), || session.start_spec(&guest)).is_some() {
+            for (name, receiver) in RECEIVERS {
+                let what = format!("{label}: balloons while it moves, {name}");
+                tally.case(&what, || ballooning(session, &guest, receiver));
+            }
+        }
+        tally.case(&format!("{label}: stop"), || session.remove(&guest.name));
+        for (name, receiver) in RECEIVERS {
+            let what = format!("{label}: boots while it moves, {name}");
+            tally.case(&what, || booting(session, kind, receiver));
+        }
+    }
+}
+
+/// A guest with memory that it does not need.
+fn roomy(kind: GuestKind) -> GuestSpec {
+    let plain = spec(&format!("restless-{kind}"), kind);
+    let memory_mib = plain.memory_mib + LEFT_MIB;
+    let dirty_pages_per_s = DIRTY_PAGES_PER_S;
+    GuestSpec { memory_mib, leave_mib: Some(LEFT_MIB), dirty_pages_per_s, ..plain }
+}
+
+/// Lets it give memory back and take it again for as long as it is there under its name; prints
+/// the least that it had.
+fn balloon(spec: &GuestSpec) -> String {
+    let GuestSpec { name, memory_mib: most, .. } = spec;
+    format!(
+        "least={most}; \
+         while mem=$(xl list {name} 2>/dev/null | awk 'NR == 2 {{ print $3 }}'); [ \"$mem\" ]; do \
+             [ $mem -ge $least ] || least=$mem; \
+             if [ $mem -le {} ]; then xl mem-set {name} {most}; \
+             elif [ $mem -ge {} ]; then xl mem-set {name} {}; fi; \
+         done >/dev/null 2>&1; echo $least",
+        most - BALLOON_MIB + 2,
+        most - 2,
+        most - BALLOON_MIB,
+    )
+}
+
+fn ballooning(session: &Session, spec: &GuestSpec, receiver: &str) -> Result<()> {
+    let guest = &spec.name;
+    let (from, to) = session.here_and_there(guest)?;
+    let script = format!("timeout {} sh -c '{}'", MIGRATION_TIMEOUT.as_secs(), {
+        balloon(spec).replace('\'', "'\\''")
+    });
+    let balloon = Background::start(from, &script)?;
+    let moved = migrate(session, guest, from, to, receiver);
+    // A guest that has stayed changes for ever.
+    if session.lab().find_guest(guest)?.iter().any(|host| host.number() == from.number()) {
+        balloon.signal_group("TERM")?;
+    }
+    let least = balloon.finish(MIGRATION_TIMEOUT)?.stdout;
+    let host = moved?;
+    note(format!("least memory meanwhile: {} MiB", least.trim()));
+    if let Ok(least) = least.trim().parse::<u32>() {
+        ensure!(least < spec.memory_mib - BALLOON_MIB / 2, "it has not given memory back");
+    }
+    host.run(&format!("xl mem-set {guest} {}", spec.memory_mib))?;
+    session.check(guest, host).map(drop)
+}
+
+/// A guest whose kernel has just begun.
+fn booting(session: &Session, kind: GuestKind, receiver: &str) -> Result<()> {
+    let guest = spec(&format!("booting-{kind}"), kind);
+    let (from, to) = (session.host(1)?, session.host(2)?);
+    session.remove(&guest.name)?;
+    session.lab().create_guest(from, &guest)?;
+    let done = migrate(session, &guest.name, from, to, receiver)
+        // Its answer comes once it has booted, wherever that is.
+        .and_then(|host| session.check(&guest.name, host).map(drop));
+    session.remove(&guest.name)?;
+    done
+}
+
+/// Moves it; gives the host on which it is then, which was said.
+fn migrate<'h>(
+    session: &'h Session,
+    guest: &str,
+    from: &'h Host,
+    to: &'h Host,
+    receiver: &str,
+) -> Result<&'h Host> {
+    let command = format!("rxl migrate -s lab-rsh --no-encrypt {receiver} {guest} {}", to.name());
+    let finished = from.finish(&command, MIGRATION_TIMEOUT)?;
+    session.settle(guest)?;
+    let last = finished.stderr.trim().lines().rev().nth(1).unwrap_or("").to_owned();
+    if finished.status.success() {
+        note(format!("moved to {}", to.name()));
+        return Ok(to);
+    }
+    note(format!("refused: {last}"));
+    let kept = format!("{guest} keeps running here");
+    ensure!(finished.stderr.contains(&kept), "{}", describe(&finished));
+    session.here_and_there(guest).map(|(host, _)| host).context("after a refusal")
+}
