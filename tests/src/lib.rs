@@ -1,8 +1,8 @@
 //! What spans rxl's crates: programs of the distribution that judge its work ([`stock`]), the
-//! suites that run in the lab ([`smoke`], [`interop`], [`soak`], [`bad_input`]) or on a modelled
-//! Xen ([`fake`]), benchmarks in the lab ([`bench`]), what starts the simulator ([`sim`]), the
-//! search for inputs that break a parser ([`fuzz`]), and the runner of everything ([`tally`],
-//! [`unit`]).
+//! suites that run in the lab ([`smoke`], [`interop`], [`soak`], [`bad_input`], [`failures`],
+//! [`kmod`]) or on a modelled Xen ([`fake`]), benchmarks in the lab ([`bench`]), what starts the
+//! simulator ([`sim`]), the search for inputs that break a parser ([`fuzz`]), and the runner of
+//! everything ([`tally`], [`unit`]).
 //!
 //! Tests of one crate are in that crate. `tests/run help` says what can be run.
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ pub mod failures;
 pub mod fake;
 pub mod fuzz;
 pub mod interop;
+pub mod kmod;
 pub mod lab;
 pub mod restless;
 pub mod sim;

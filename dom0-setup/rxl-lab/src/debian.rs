@@ -22,6 +22,9 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// QEMU of later releases breaks Xen guests: its emulated SVM powers them off at once.
 const QEMU_VERSION_PREFIX: &str = "1:7.2";
 
+/// How dpkg-query is to list packages.
+const STATUS_FORMAT: &str = "${Package} ${db:Status-Status} ${Version}\n";
+
 /// What the machine needs to build images, to run hosts and to build rxl.
 const MACHINE_PACKAGES: &[&str] = &[
     "bc",
@@ -67,11 +70,29 @@ pub(crate) fn ensure_machine_packages() -> Result<()> {
     })
 }
 
+/// Installs what modules for a kernel of that release are built with.
+pub(crate) fn ensure_kernel_headers(release: &str) -> Result<()> {
+    let package = format!("linux-headers-{release}");
+    let listing =
+        Command::new("dpkg-query").args(["-W", "-f", STATUS_FORMAT, &package]).output()?;
+    if is_fit(&String::from_utf8_lossy(&listing.stdout), &package) {
+        return Ok(());
+    }
+    step(&format!("installed {package}"), || {
+        output(&mut apt_get(&["update"]))?;
+        output(&mut apt_get(&["install", "-y", "--no-install-recommends", &package]))
+            .with_context(|| {
+                format!("The mirror has no {package} any more: build the dom0 image again")
+            })?;
+        Ok(())
+    })
+}
+
 /// Names of the packages that the machine lacks, or has in a version that does not work.
 pub(crate) fn missing_packages() -> Result<Vec<&'static str>> {
     // dpkg-query fails when it knows nothing of one of the names; what it prints still counts.
     let listing = Command::new("dpkg-query")
-        .args(["-W", "-f", "${Package} ${db:Status-Status} ${Version}\n"])
+        .args(["-W", "-f", STATUS_FORMAT])
         .args(MACHINE_PACKAGES)
         .output()
         .context("Cannot start `dpkg-query`: the lab needs a Debian machine")?;

@@ -7,7 +7,8 @@ use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
-    bad_input, evacuate, extents, failures, fake, fuzz, interop, restless, sim, smoke, soak, unit,
+    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, restless, sim, smoke, soak,
+    unit,
 };
 
 /// Seeds of the simulator that CI runs: some ten seconds.
@@ -70,6 +71,12 @@ enum Suite {
     Restless,
     /// Counts the extents of memory that a PVH guest gets at the target
     Extents,
+    /// Threads map and unmap guests' memory by the kernel module, while all goes wrong around them
+    Kmod {
+        /// How long, one process a minute
+        #[arg(long, default_value_t = 30)]
+        minutes: u32,
+    },
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -103,6 +110,11 @@ fn main() -> ExitCode {
         Some(Suite::Failures(options)) => failures::run(&mut tally, &options),
         Some(Suite::Restless) => in_lab(&mut tally, restless::run),
         Some(Suite::Extents) => in_lab(&mut tally, extents::run),
+        Some(Suite::Kmod { minutes }) => {
+            if let Some(session) = tally.case("the lab is up, with the module", kmod::open) {
+                kmod::run(&mut tally, &session, minutes);
+            }
+        }
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()
