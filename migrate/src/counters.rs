@@ -19,6 +19,8 @@ pub struct Counters {
     pub mappings: u64,
     /// Pages that they had.
     pub mapped_pages: u64,
+    /// Those of them that rxl's kernel module mapped; the others are privcmd's.
+    pub module_pages: u64,
     /// Pages that were sent from mappings that had been made for earlier batches.
     pub kept_pages: u64,
     /// Time that making mappings took.
@@ -106,6 +108,7 @@ impl AddAssign<&Counters> for Counters {
         for (sum, add) in [
             (&mut self.mappings, other.mappings),
             (&mut self.mapped_pages, other.mapped_pages),
+            (&mut self.module_pages, other.module_pages),
             (&mut self.kept_pages, other.kept_pages),
             (&mut self.map_ns, other.map_ns),
             (&mut self.unmap_ns, other.unmap_ns),

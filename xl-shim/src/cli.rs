@@ -14,6 +14,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
 use rxl_migrate::stream::reduced::Reduce;
+use rxl_toolstack::xc::MapperWanted;
 
 use crate::defaults;
 use crate::policy::PolicyArgs;
@@ -197,6 +198,10 @@ pub(crate) struct MigrateArgs {
     /// starts as many as there are free processors to gain from [not in xl]
     #[arg(long, value_name = "N", default_value = "auto")]
     pub(crate) workers: WorkersWanted,
+    /// What maps memory: privcmd; module, which is rxl's kernel module and lets threads map at the
+    /// same time; or auto, the module where it is loaded [not in xl]
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) mapper: MapperWanted,
     /// How many connections carry memory beside SSH if the target has rxl; 0: none. Without it one
     /// for each address, and for each worker [not in xl]
     #[arg(long, value_name = "N")]
@@ -266,7 +271,13 @@ impl MigrateArgs {
         });
         let policy = self.policy.policy(fixed_part);
         let verify = self.verify;
-        Ok(Ways { workers: self.workers, links: links.transpose()?, policy, verify })
+        Ok(Ways {
+            workers: self.workers,
+            mapper: self.mapper,
+            links: links.transpose()?,
+            policy,
+            verify,
+        })
     }
 }
 
@@ -327,6 +338,10 @@ pub(crate) struct SaveArgs {
     /// [not in xl]
     #[arg(long, value_name = "N", default_value = "auto")]
     pub(crate) workers: WorkersWanted,
+    /// What maps memory: privcmd; module, which is rxl's kernel module and lets threads map at the
+    /// same time; or auto, the module where it is loaded [not in xl]
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) mapper: MapperWanted,
     /// Write a report as JSON to REPORT, also when the save fails [not in xl]
     #[arg(long, value_name = "REPORT")]
     pub(crate) report: Option<PathBuf>,

@@ -85,6 +85,7 @@ const OPTIONS: &[Opt] = options! {
             "--report": "figures as JSON",
             "--receiver": "the program at the target",
             "--workers": "who maps and sends memory",
+            "--mapper": "what maps it: privcmd, or rxl's kernel module",
         }
         Own "fails the migration if a page differs at the target, which must have rxl \
              ([verify](docs/verify.md))" {
@@ -140,6 +141,7 @@ const OPTIONS: &[Opt] = options! {
             "-": "as FILE: standard output",
             "--force": "replace FILE whatever it is",
             "--workers": "who maps and writes memory",
+            "--mapper": "what maps it: privcmd, or rxl's kernel module",
             "--report": "figures as JSON",
         }
     }

@@ -165,6 +165,9 @@ pub(crate) struct Report {
     /// Connections beside the stream.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) links: Vec<Link>,
+    /// What mapped the guest's memory at this side: `privcmd`, `module`, or `both`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) mapper: Option<&'static str>,
     /// What all processes of this side have done in all.
     pub(crate) counters: Counters,
 }
@@ -214,6 +217,7 @@ impl Report {
         let last_event = facts.events.last().map(|s| s.t_ns);
         let bytes = facts.events.iter().rev().find_map(|s| bytes_so_far(&s.event));
         let seconds = span(began, last_event).map(|ms| ms / 1000.0).filter(|s| *s > 0.0);
+        let counters = counters(facts.events);
         Report {
             version: 1,
             domain: facts.domain.to_owned(),
@@ -236,7 +240,8 @@ impl Report {
             }),
             passes: passes(facts.events),
             links: links(facts.events),
-            counters: counters(facts.events),
+            mapper: mapper(&counters),
+            counters,
         }
     }
 
@@ -300,9 +305,10 @@ impl Report {
         let Counters { hypercalls, mappings, mapped_pages, kept_pages, .. } = &self.counters;
         let Counters { map_ns, unmap_ns, .. } = &self.counters;
         let (map, unmap) = (as_f64(*map_ns) / 1e6, as_f64(*unmap_ns) / 1e6);
+        let mapper = self.mapper.unwrap_or("nobody");
         let calls: Vec<String> = hypercalls.iter().map(|(op, n)| format!("{op} {n}")).collect();
         let mapped = format!(
-            "rxl: {mapped_pages} pages in {mappings} mappings, {map:.0} ms to map and \
+            "rxl: {mapped_pages} pages in {mappings} mappings by {mapper}, {map:.0} ms to map and \
              {unmap:.0} ms to unmap them, {kept_pages} pages sent from those of earlier batches"
         );
         let calls = format!("rxl: hypercalls: {}", calls.join(", "));
@@ -327,6 +333,15 @@ impl Report {
         let mut json = serde_json::to_string_pretty(self)?;
         json.push('\n');
         std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))
+    }
+}
+
+fn mapper(counters: &Counters) -> Option<&'static str> {
+    match (counters.mapped_pages, counters.module_pages) {
+        (0, _) => None,
+        (_, 0) => Some("privcmd"),
+        (all, module) if all == module => Some("module"),
+        _ => Some("both"),
     }
 }
 

@@ -25,7 +25,7 @@ use rxl_migrate::source::workers::Workers;
 use rxl_migrate::{source, target};
 use rxl_toolstack::receivers::{self, Openers};
 use rxl_toolstack::senders::{self, Pool, SharedOut, Staff};
-use rxl_toolstack::xc::{FdIn, FdOut, LiveDomain};
+use rxl_toolstack::xc::{FdIn, FdOut, LiveDomain, want_mapper};
 use rxl_toolstack::{abort, inherit};
 
 use crate::Exit;
@@ -52,6 +52,8 @@ pub(crate) fn is_meant(args: &[OsString], program: &str) -> bool {
 /// told in its own way.
 pub(crate) fn run(args: &[OsString]) -> anyhow::Result<Exit> {
     let args = args.get(1..).unwrap_or_default();
+    // In workers too, which have the same environment.
+    want_mapper(Ways::from_environment().mapper);
     let words: Vec<&str> = args.iter().filter_map(|arg| arg.to_str()).collect();
     match words.as_slice() {
         [senders::ARGUMENT, rest @ ..] => {

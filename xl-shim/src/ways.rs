@@ -19,6 +19,7 @@ use rxl_toolstack::doorman::Doorman;
 use rxl_toolstack::inherit;
 use rxl_toolstack::senders::WORKERS_MAX;
 use rxl_toolstack::worker::Mode;
+use rxl_toolstack::xc::MapperWanted;
 
 use crate::policy::{self, PolicyWanted};
 
@@ -27,6 +28,8 @@ const WORKERS_ENV: &str = "RXL_WORKERS";
 /// The addresses of this host at which links may be opened, with commas between them. Without
 /// it, no links are offered.
 const ADDRESSES_ENV: &str = "RXL_ADDRESSES";
+/// `auto`, `privcmd` or `module`: what maps guests' memory.
+const MAPPER_ENV: &str = "RXL_MAPPER";
 /// Not empty: links are not encrypted.
 const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
 /// What may be left out of what goes over links: see [`Reduce`].
@@ -100,6 +103,7 @@ pub(crate) struct LinksWanted {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ways {
     pub(crate) workers: WorkersWanted,
+    pub(crate) mapper: MapperWanted,
     /// `None`: the stream is all there is.
     pub(crate) links: Option<LinksWanted>,
     pub(crate) policy: PolicyWanted,
@@ -120,7 +124,8 @@ impl Ways {
             reduce: variable::<Reduce>(REDUCE_ENV).unwrap_or(Reduce::ALL),
         });
         let policy = variable::<PolicyWanted>(policy::ENV).unwrap_or_default();
-        Ways { workers, links, policy, verify: is_set(VERIFY_ENV) }
+        let mapper = variable::<MapperWanted>(MAPPER_ENV).unwrap_or_default();
+        Ways { workers, mapper, links, policy, verify: is_set(VERIFY_ENV) }
     }
 
     /// Passes it on to the save helper. To be called while there is one thread.
@@ -135,6 +140,7 @@ impl Ways {
         }
         let all = [
             (WORKERS_ENV, self.workers.to_string()),
+            (MAPPER_ENV, self.mapper.to_string()),
             (ADDRESSES_ENV, addresses),
             (STREAMS_ENV, streams),
             (NO_ENCRYPT_ENV, no_encrypt),

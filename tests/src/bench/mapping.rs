@@ -1,5 +1,6 @@
-//! What mapping a guest's memory costs on real Xen, by who maps: threads of one process, or
-//! processes, that unmap, keep what they mapped, or end instead of unmapping.
+//! What mapping a guest's memory costs on real Xen, by who maps: threads of one process, by privcmd
+//! or rxl's kernel module, or processes, that unmap, keep what they mapped, or end instead of
+//! unmapping.
 //!
 //! The program that maps is `toolstack/examples/mapping`. The guest is paused meanwhile: it has
 //! nothing to do here, and would take its share of the processors.
@@ -32,7 +33,7 @@ const BATCH_PAGES: u32 = 1024;
 const PAGES_PER_MIB: f64 = 256.0;
 
 /// What is asked for.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Options {
     /// Print a line of JSON for each run
     #[arg(long)]
@@ -40,6 +41,12 @@ pub struct Options {
     /// How often each is measured, after one run in which the kernel counts
     #[arg(long, default_value_t = 3)]
     runs: u32,
+    /// vCPUs of the host
+    #[arg(long, default_value_t = 2)]
+    vcpus: u8,
+    /// Only these backends: thread, module, process, exit, keep
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    only: Vec<String>,
 }
 
 /// Who maps how.
@@ -105,9 +112,11 @@ struct Counted {
 ///
 /// # Errors
 /// Whatever keeps the lab or a run from its end.
-pub fn run(options: Options) -> Result<()> {
-    let session = Session::open_shaped(Shape { hosts: 1, vcpus: 2, ..Shape::default() })?;
+pub fn run(options: &Options) -> Result<()> {
+    let session =
+        Session::open_shaped(Shape { hosts: 1, vcpus: options.vcpus, ..Shape::default() })?;
     let program = session.lab().push_example("rxl-toolstack", PROGRAM)?;
+    session.lab().push_module()?;
     locks::prepare(session.host(1)?)?;
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
         let guest = format!("bench-{kind}");
@@ -144,9 +153,12 @@ impl<'a> Subject<'a> {
 
     /// Counts for each case first; then rounds over all of them, so that whatever else the machine
     /// does meanwhile is spread over the cases.
-    fn measure(&self, options: Options) -> Result<()> {
+    fn measure(&self, options: &Options) -> Result<()> {
         let mut counted = Vec::new();
-        for case in cases() {
+        let wanted = |case: &Case| {
+            options.only.is_empty() || options.only.iter().any(|name| name == case.backend)
+        };
+        for case in cases().into_iter().filter(wanted) {
             let count = self.count(case).with_context(|| format!("Counting for {case:?}"))?;
             counted.push((case, count));
         }
@@ -201,6 +213,7 @@ impl<'a> Subject<'a> {
             bench: "mapping",
             backend: match case.backend {
                 "thread" | "process" => format!("privcmd-{}", case.backend),
+                "module" => "module-thread".to_owned(),
                 other => other.to_owned(),
             },
             kind: self.kind.to_string(),
@@ -229,7 +242,7 @@ fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for work in ["map", "copy"] {
         for workers in [1, 2, 4, 8] {
-            for backend in ["thread", "process", "exit", "keep"] {
+            for backend in ["thread", "module", "process", "exit", "keep"] {
                 // What is kept is neither mapped nor unmapped: nothing would be left.
                 if (backend, work) != ("keep", "map") {
                     cases.push(Case { backend, work, workers, batch: BATCH_PAGES });
@@ -237,7 +250,7 @@ fn cases() -> Vec<Case> {
             }
         }
     }
-    for (backend, workers) in [("process", 1), ("process", 2), ("thread", 2)] {
+    for (backend, workers) in [("process", 1), ("process", 2), ("thread", 2), ("module", 2)] {
         for batch in [256, 4096] {
             cases.push(Case { backend, work: "map", workers, batch });
         }

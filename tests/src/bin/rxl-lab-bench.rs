@@ -22,7 +22,7 @@ enum Bench {
 
 fn main() -> ExitCode {
     let done = match Bench::parse() {
-        Bench::Mapping(options) => mapping::run(options),
+        Bench::Mapping(options) => mapping::run(&options),
         Bench::Nics(options) => nics::run(options),
         Bench::Cliff(options) => cliff::run(&options),
         Bench::Policy(options) => policy::run(&options),

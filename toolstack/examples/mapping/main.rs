@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{BATCH_PAGES_MAX, Domain, ForeignPages, SourceDomain};
-use rxl_toolstack::xc::LiveDomain;
+use rxl_toolstack::xc::{LiveDomain, want_mapper};
 use serde_json::{Value, json};
 
 use crate::plan::{Backend, Plan};
@@ -81,8 +81,9 @@ fn find_frames(domid: u16, file: &Path) -> Result<()> {
 }
 
 fn run(plan: &Plan) -> Result<()> {
+    want_mapper(plan.mapper());
     let outcome = match plan.backend {
-        Backend::Thread => in_threads(plan)?,
+        Backend::Thread | Backend::Module => in_threads(plan)?,
         Backend::Process | Backend::Keep | Backend::Exit => in_processes(plan)?,
     };
     let line = json!({

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use rxl_migrate::frame::DomId;
+use rxl_toolstack::xc::MapperWanted;
 
 use crate::Result;
 
@@ -12,6 +13,8 @@ use crate::Result;
 pub(crate) enum Backend {
     /// Threads of one process.
     Thread,
+    /// Threads of one process, by rxl's kernel module; all others map by privcmd.
+    Module,
     /// Processes, each with an address space of its own.
     Process,
     /// Processes that map everything before the measured time, and unmap after it.
@@ -74,6 +77,14 @@ impl Plan {
         ]
     }
 
+    /// What maps.
+    pub(crate) fn mapper(&self) -> MapperWanted {
+        match self.backend {
+            Backend::Module => MapperWanted::Module,
+            _ => MapperWanted::Privcmd,
+        }
+    }
+
     /// The domain's frames.
     pub(crate) fn frames(&self) -> Result<Vec<u64>> {
         let bytes = fs::read(&self.frames_file)?;
@@ -88,14 +99,16 @@ impl Plan {
 
 impl Backend {
     fn parse(word: &str) -> Result<Backend> {
-        let all = [Backend::Thread, Backend::Process, Backend::Keep, Backend::Exit];
+        let all =
+            [Backend::Thread, Backend::Module, Backend::Process, Backend::Keep, Backend::Exit];
         let found = all.into_iter().find(|backend| backend.word() == word);
-        found.ok_or_else(|| "a backend is thread, process, keep or exit".into())
+        found.ok_or_else(|| "a backend is thread, module, process, keep or exit".into())
     }
 
     fn word(self) -> &'static str {
         match self {
             Backend::Thread => "thread",
+            Backend::Module => "module",
             Backend::Process => "process",
             Backend::Keep => "keep",
             Backend::Exit => "exit",

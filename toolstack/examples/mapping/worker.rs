@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rxl_migrate::frame::PageBuf;
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages};
-use rxl_toolstack::xc::{LiveDomain, Mapping};
+use rxl_toolstack::xc::{LiveDomain, Mapping, want_mapper};
 
 use crate::Result;
 use crate::plan::{Backend, Plan, Work};
@@ -30,6 +30,7 @@ pub(crate) struct Worker {
 
 /// A worker process: says that it is ready, waits for a line, works, says what it spent.
 pub(crate) fn as_process(plan: &Plan, index: usize) -> Result<()> {
+    want_mapper(plan.mapper());
     let worker = Worker::new(plan, index)?;
     if plan.backend == Backend::Keep {
         return keep(&worker);

@@ -1,4 +1,5 @@
-//! Guest memory mapped into this process, through libxenforeignmemory.
+//! Guest memory mapped into this process: through libxenforeignmemory and the kernel's privcmd, or
+//! the windows of rxl's own kernel module ([`super::window`]), by what is wanted ([`want_mapper`]).
 //!
 //! # Safety
 //! A [`Mapping`] is memory that the guest (or Xen) may write at any moment, so no reference to it
@@ -6,13 +7,16 @@
 //! aligned words, or handed to the kernel by address (`stream`). Its address and size are those of
 //! one mapping that it owns and removes when dropped, or leaves to the end of the process. Calls of
 //! the library need an open handle, which [`ForeignHandle`] is from its making to its drop; a
-//! mapping keeps its handle alive.
+//! mapping keeps its handle alive. Whoever made a mapping ([`Mapper`]) removes it.
 #![allow(unsafe_code)]
 
+use std::ffi::c_int;
+use std::fmt;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -25,15 +29,143 @@ use rxl_xen_sys::stable;
 
 use super::handle::silent_logger;
 use super::hv;
+use super::window::Windows;
 
 const MAP: &str = "xenforeignmemory_map";
 /// Frames have 40 bits, as many as a page-table entry has for them. The kernel of a PV dom0 cuts
 /// off the others, and would map a page that nobody asked for.
 const FRAMES_END: u64 = 1 << 40;
 
-/// An open handle of libxenforeignmemory.
+/// What maps frames of guests into this process.
+pub(super) trait Mapper: Send + Sync {
+    /// Maps `frames` of `domain`, in order. `errors` is as long, and gets 0 or an errno, of either
+    /// sign, for each; pages that are paged out are waited for.
+    fn map(
+        &self,
+        domain: u32,
+        frames: &[u64],
+        access: Access,
+        errors: &mut [c_int],
+    ) -> io::Result<NonNull<u64>>;
+
+    /// Removes a mapping.
+    ///
+    /// # Safety
+    /// This mapper made it, at `start` and of `pages`, and nobody uses it any more.
+    unsafe fn unmap(&self, start: NonNull<u64>, pages: usize) -> io::Result<()>;
+}
+
+/// The way to map that is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MapperWanted {
+    /// By the kernel module where it is loaded, else by privcmd.
+    #[default]
+    Auto,
+    /// By privcmd, which every kernel has: what one process maps waits for one lock.
+    Privcmd,
+    /// By rxl's kernel module (`rxl_map`), or not at all.
+    Module,
+}
+
+const WORDS: [(MapperWanted, &str); 3] = [
+    (MapperWanted::Auto, "auto"),
+    (MapperWanted::Privcmd, "privcmd"),
+    (MapperWanted::Module, "module"),
+];
+
+impl FromStr for MapperWanted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MapperWanted, String> {
+        let found = WORDS.into_iter().find(|(_, word)| *word == text);
+        found.map(|(wanted, _)| wanted).ok_or_else(|| {
+            format!("a mapper is \"auto\", \"privcmd\" or \"module\", not \"{text}\"")
+        })
+    }
+}
+
+impl fmt::Display for MapperWanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let found = WORDS.into_iter().find(|(wanted, _)| wanted == self);
+        f.write_str(found.map_or("", |(_, word)| word))
+    }
+}
+
+static WANTED: OnceLock<MapperWanted> = OnceLock::new();
+
+/// Says how this process is to map, before it opens a domain. Only the first time counts.
+pub fn want_mapper(wanted: MapperWanted) {
+    // Set before: that was the first time.
+    let _ = WANTED.set(wanted);
+}
+
+/// The windows that are to be used, if any are.
+fn windows() -> io::Result<Option<&'static Windows>> {
+    match WANTED.get().copied().unwrap_or_default() {
+        MapperWanted::Privcmd => Ok(None),
+        MapperWanted::Module => Windows::of_this_process().map(Some),
+        MapperWanted::Auto => Ok(Windows::of_this_process().ok()),
+    }
+}
+
+/// An open handle of libxenforeignmemory, which maps through privcmd.
+struct Library(NonNull<stable::xenforeignmemory_handle>);
+
+// SAFETY: the library keeps no state but the descriptor that it opened, on which mmap and ioctl
+// may be called by any thread.
+unsafe impl Send for Library {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Library {}
+
+impl Mapper for Library {
+    fn map(
+        &self,
+        domain: u32,
+        frames: &[u64],
+        access: Access,
+        errors: &mut [c_int],
+    ) -> io::Result<NonNull<u64>> {
+        if frames.len() != errors.len() {
+            return Err(Errno::INVAL.into());
+        }
+        let prot = match access {
+            Access::Read => libc::PROT_READ,
+            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        // SAFETY: the handle is open; both arrays have as many entries as the count says.
+        let start = unsafe {
+            stable::xenforeignmemory_map(
+                self.0.as_ptr(),
+                domain,
+                prot,
+                frames.len(),
+                frames.as_ptr(),
+                errors.as_mut_ptr(),
+            )
+        };
+        NonNull::new(start.cast()).ok_or_else(io::Error::last_os_error)
+    }
+
+    unsafe fn unmap(&self, start: NonNull<u64>, pages: usize) -> io::Result<()> {
+        // SAFETY: the handle is open, and mapped this.
+        let result = unsafe {
+            stable::xenforeignmemory_unmap(self.0.as_ptr(), start.as_ptr().cast(), pages)
+        };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: open, and nothing can use it any more; mappings hold an `Arc` of its owner.
+        unsafe { stable::xenforeignmemory_close(self.0.as_ptr()) };
+    }
+}
+
+/// What maps for one domain: handles that it has to itself, and this process's windows.
 pub(super) struct ForeignHandle {
-    raw: NonNull<stable::xenforeignmemory_handle>,
+    library: Library,
+    windows: Option<&'static Windows>,
     done: Done,
     /// Whether mappings are left to the end of the process.
     leaving: AtomicBool,
@@ -44,6 +176,8 @@ pub(super) struct ForeignHandle {
 struct Done {
     mappings: AtomicU64,
     pages: AtomicU64,
+    /// Of these, pages that the module mapped.
+    module_pages: AtomicU64,
     map_ns: AtomicU64,
     unmap_ns: AtomicU64,
 }
@@ -52,24 +186,20 @@ fn add(to: &AtomicU64, count: u128) {
     to.fetch_add(u64::try_from(count).unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-// SAFETY: the library keeps no state but the descriptor that it opened, on which mmap and ioctl
-// may be called by any thread.
-unsafe impl Send for ForeignHandle {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for ForeignHandle {}
-
 impl ForeignHandle {
     pub(super) fn open() -> HvResult<Arc<ForeignHandle>> {
         // SAFETY: the logger lives for ever; no flags.
         let raw = unsafe { stable::xenforeignmemory_open(silent_logger(), 0) };
-        NonNull::new(raw)
-            .map(|raw| ForeignHandle { raw, done: Done::default(), leaving: false.into() })
-            .map(Arc::new)
-            .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))
+        let raw = NonNull::new(raw)
+            .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))?;
+        let library = Library(raw);
+        let windows = windows().map_err(|e| hv("opening /dev/rxl_map", e))?;
+        let (done, leaving) = (Done::default(), false.into());
+        Ok(Arc::new(ForeignHandle { library, windows, done, leaving }))
     }
 
     pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
-        self.raw.as_ptr()
+        self.library.0.as_ptr()
     }
 
     /// Removes no mapping any more: the process ends soon. A PV dom0's kernel pays a trap for each
@@ -80,9 +210,10 @@ impl ForeignHandle {
 
     /// Notes in `counters` what has been mapped.
     pub(super) fn count(&self, counters: &mut Counters) {
-        let Done { mappings, pages, map_ns, unmap_ns } = &self.done;
+        let Done { mappings, pages, module_pages, map_ns, unmap_ns } = &self.done;
         counters.mappings = mappings.load(Ordering::Relaxed);
         counters.mapped_pages = pages.load(Ordering::Relaxed);
+        counters.module_pages = module_pages.load(Ordering::Relaxed);
         counters.map_ns = map_ns.load(Ordering::Relaxed);
         counters.unmap_ns = unmap_ns.load(Ordering::Relaxed);
     }
@@ -102,29 +233,26 @@ impl ForeignHandle {
             return Ok(Mapping { pages: None });
         }
         check_frames(frames).map_err(|e| hv(MAP, e))?;
-        let (prot, writable) = match access {
-            Access::Read => (libc::PROT_READ, false),
-            Access::ReadWrite => (libc::PROT_READ | libc::PROT_WRITE, true),
-        };
         let mut errors = vec![0; frames.len()];
         let started = Instant::now();
-        // SAFETY: the handle is open; both arrays have as many entries as the count says.
-        let start = unsafe {
-            stable::xenforeignmemory_map(
-                self.raw(),
-                domain,
-                prot,
-                frames.len(),
-                frames.as_ptr(),
-                errors.as_mut_ptr(),
-            )
-        };
+        let (mut way, mut mapped) = (Way::Library, Err(Errno::NOSPC.into()));
+        if let Some(windows) = self.windows {
+            (way, mapped) =
+                (Way::Windows(windows), windows.map(domain, frames, access, &mut errors));
+        }
+        // Windows are small, and there may not be many: what has no room there goes by privcmd.
+        if mapped.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::ENOSPC)) {
+            (way, mapped) = (Way::Library, self.library.map(domain, frames, access, &mut errors));
+        }
         add(&self.done.map_ns, started.elapsed().as_nanos());
         add(&self.done.mappings, 1);
         add(&self.done.pages, frames.len() as u128);
-        let start =
-            NonNull::new(start.cast()).ok_or_else(|| hv(MAP, io::Error::last_os_error()))?;
-        let backing = Backing::Foreign(Arc::clone(self));
+        if let Way::Windows(_) = way {
+            add(&self.done.module_pages, frames.len() as u128);
+        }
+        let start = mapped.map_err(|e| hv(MAP, e))?;
+        let backing = Backing::Foreign(Arc::clone(self), way);
+        let writable = access == Access::ReadWrite;
         // From here on dropping it unmaps.
         let pages = Pages { start, count: frames.len(), writable, backing };
         match frames.iter().zip(&errors).find(|(_, error)| **error != 0) {
@@ -135,13 +263,6 @@ impl ForeignHandle {
                 Err(hv(MAP, io::Error::from_raw_os_error(error.saturating_abs())))
             }
         }
-    }
-}
-
-impl Drop for ForeignHandle {
-    fn drop(&mut self) {
-        // SAFETY: open, and nothing can use it any more; mappings hold an `Arc` of it.
-        unsafe { stable::xenforeignmemory_close(self.raw()) };
     }
 }
 
@@ -168,8 +289,15 @@ struct Pages {
 // SAFETY: a mapping belongs to the process, not to a thread, and this is its only owner.
 unsafe impl Send for Pages {}
 
+/// What made a mapping.
+#[derive(Clone, Copy)]
+enum Way {
+    Library,
+    Windows(&'static Windows),
+}
+
 enum Backing {
-    Foreign(Arc<ForeignHandle>),
+    Foreign(Arc<ForeignHandle>, Way),
     /// Plain memory of this process, in place of a guest's.
     #[cfg(test)]
     Plain,
@@ -191,30 +319,36 @@ impl Pages {
 
 impl Drop for Pages {
     fn drop(&mut self) {
-        if let Backing::Foreign(handle) = &self.backing
+        if let Backing::Foreign(handle, _) = &self.backing
             && handle.leaving.load(Ordering::Relaxed)
         {
             return;
         }
         let started = Instant::now();
         let result = match &self.backing {
-            // SAFETY: mapped with this handle and of this size; no reference to it exists.
-            Backing::Foreign(handle) => unsafe {
-                stable::xenforeignmemory_unmap(handle.raw(), self.start.as_ptr().cast(), self.count)
-            },
+            Backing::Foreign(handle, way) => {
+                let mapper: &dyn Mapper = match way {
+                    Way::Library => &handle.library,
+                    Way::Windows(windows) => *windows,
+                };
+                // SAFETY: mapped by this, and of this size; no reference to it exists.
+                unsafe { mapper.unmap(self.start, self.count) }
+            }
             #[cfg(test)]
-            // SAFETY: mapped by `Mapping::plain` and of this size; no reference to it exists.
-            Backing::Plain => unsafe {
-                libc::munmap(self.start.as_ptr().cast(), self.count * PAGE_SIZE)
-            },
+            Backing::Plain => {
+                let (start, bytes) = (self.start.as_ptr().cast(), self.count * PAGE_SIZE);
+                // SAFETY: mapped by `Mapping::plain`, of this size; no reference to it exists.
+                let unmapped = unsafe { libc::munmap(start, bytes) };
+                if unmapped == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+            }
         };
         match &self.backing {
-            Backing::Foreign(handle) => add(&handle.done.unmap_ns, started.elapsed().as_nanos()),
+            Backing::Foreign(handle, _) => add(&handle.done.unmap_ns, started.elapsed().as_nanos()),
             #[cfg(test)]
             Backing::Plain => {}
         }
-        if result != 0 {
-            tracing::warn!(error = %io::Error::last_os_error(), "guest memory stays mapped");
+        if let Err(error) = result {
+            tracing::warn!(%error, "guest memory stays mapped");
         }
     }
 }
@@ -338,6 +472,14 @@ mod tests {
         assert_eq!(check_frames(&[0, FRAMES_END - 1]), Ok(()));
         assert_eq!(check_frames(&[0, FRAMES_END]), Err(Errno::INVAL));
         assert_eq!(check_frames(&[u64::MAX]), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn mappers_have_the_names_that_the_user_gives() {
+        for (wanted, word) in WORDS {
+            assert_eq!((word.parse(), wanted.to_string()), (Ok(wanted), word.to_owned()));
+        }
+        assert!("threads".parse::<MapperWanted>().is_err());
     }
 
     #[test]

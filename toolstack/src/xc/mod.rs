@@ -16,10 +16,10 @@
 //!
 //! # Safety
 //! The modules that allow `unsafe` do so for three reasons, which each states again: calls of the
-//! C libraries (`handle`, `foreign`, `grants`), hypercalls with a pointer to a buffer in their
-//! argument (`source`, `target`, `vcpu`, `policy`, `domain`, `host`), and memory that a guest
-//! writes at the same time, which is only read and written by volatile accesses or by the kernel
-//! (`foreign`, `stream`).
+//! C libraries and a kernel module (`handle`, `foreign`, `grants`, `window`), hypercalls with a
+//! pointer to a buffer in their argument (`source`, `target`, `vcpu`, `policy`, `domain`, `host`),
+//! and memory that a guest writes at the same time, which is only read and written by volatile
+//! accesses or by the kernel (`foreign`, `stream`).
 //!
 //! Specified in `xen/include/public` (`domctl.h`, `memory.h`, `hvm/hvm_op.h`, `xen.h`).
 
@@ -39,9 +39,10 @@ mod source;
 mod stream;
 mod target;
 mod vcpu;
+mod window;
 
 pub use domain::LiveDomain;
-pub use foreign::Mapping;
+pub use foreign::{MapperWanted, Mapping, want_mapper};
 pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink};
 pub use sealed::{SealedIn, SealedOut};
 #[cfg(test)]

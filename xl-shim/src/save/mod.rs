@@ -47,7 +47,7 @@ pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
     let pipe = EventsPipe::new()?;
     host::pass_events(&pipe)?;
     // Nobody who reads the file later could come to a link.
-    Ways { workers: args.workers, ..Ways::default() }.pass_on()?;
+    Ways { workers: args.workers, mapper: args.mapper, ..Ways::default() }.pass_on()?;
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, false)?;
