@@ -79,6 +79,7 @@ pub struct Sample {
 struct Point {
     t_ns: u64,
     bytes: u64,
+    pass: Option<u32>,
     done: u64,
     links: Vec<(u8, u64)>,
 }
@@ -88,7 +89,7 @@ struct Point {
 pub struct Progress {
     figures: Figures,
     links: BTreeMap<u8, LinkFigures>,
-    /// The latest moments of this pass, the newest last.
+    /// The latest moments, the newest last.
     points: VecDeque<Point>,
     /// Since when what the guest writes has been noted.
     noted_since: Option<u64>,
@@ -111,7 +112,6 @@ impl Progress {
                 self.figures.last = *last;
                 (self.figures.done, self.figures.pages) = (0, *pages);
                 self.noted_since.get_or_insert(t_ns);
-                self.points.iter_mut().for_each(|point| point.done = 0);
             }
             Event::PassProgress { done, pages, bytes, links, .. } => {
                 (self.figures.done, self.figures.pages) = (*done, *pages);
@@ -158,8 +158,8 @@ impl Progress {
         for (link, bytes) in links {
             self.link(*link).bytes = *bytes;
         }
-        let done = self.figures.done;
-        self.points.push_back(Point { t_ns, bytes, done, links: links.to_vec() });
+        let (pass, done) = (self.figures.pass, self.figures.done);
+        self.points.push_back(Point { t_ns, bytes, pass, done, links: links.to_vec() });
         let old = |point: &Point| t_ns.saturating_sub(point.t_ns) >= RATE_WINDOW_NS;
         // One that is older stays, so that slow news have a rate as well.
         while self.points.get(1).is_some_and(old) {
@@ -177,7 +177,11 @@ impl Progress {
         let rate = |from, to: u64| per_second(to.saturating_sub(from), Some(first.t_ns), last.t_ns);
         let Some(all) = rate(first.bytes, last.bytes) else { return };
         self.figures.bytes_per_s = Some(all);
-        self.pages_per_s = rate(first.done, last.done).filter(|rate| *rate > 0.0);
+        if let Some(start) = self.points.iter().find(|point| point.pass == last.pass) {
+            let done = last.done.saturating_sub(start.done);
+            let rate = per_second(done, Some(start.t_ns), last.t_ns).filter(|rate| *rate > 0.0);
+            self.pages_per_s = rate.or(self.pages_per_s);
+        }
         for (number, bytes) in &last.links {
             let before = first.links.iter().find(|(link, _)| link == number);
             let before = before.map_or(0, |(_, bytes)| *bytes);

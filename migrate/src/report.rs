@@ -113,6 +113,10 @@ pub enum Event {
         bytes: u64,
         /// Batches that it sent; 0 for the process that makes the passes.
         batches: u64,
+        /// For each of them, the batches that it had still to do then: it is never more than one,
+        /// and less where it had to wait for the next.
+        #[serde(default)]
+        queued: u64,
         /// The rest.
         counters: Counters,
     },

@@ -21,6 +21,18 @@ use crate::policy::PolicyArgs;
 use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
 use crate::words::{self, Message};
 
+/// What the program takes from its environment.
+const ENVIRONMENT: &str = "\
+/etc/rxl.toml may give options that the command line does not: a table for each verb.\n\n\
+Environment:\n\
+RXL_XL: the real xl.\n\
+RXL_CONFIG: another file than /etc/rxl.toml, or none.\n\
+RXL_LOG, or else RUST_LOG: diagnostics, e.g. debug or rxl_toolstack=trace; without them -v says \
+how many.\n\
+Of the save helper under another toolstack: RXL_WORKERS, RXL_ADDRESSES, RXL_STREAMS, \
+RXL_NO_ENCRYPT, RXL_POLICY (README.md).\n\n\
+Files: /run/rxl (what is under way), /var/lib/rxl/reports (the last 100 reports).";
+
 /// Moves running Xen guests to other hosts, or to files and back
 ///
 /// rxl has the verbs below. Every other verb is xl's: `rxl VERB …` runs the host's real xl with
@@ -28,9 +40,7 @@ use crate::words::{self, Message};
 #[derive(Debug, Parser)]
 #[command(name = "rxl", version, disable_help_subcommand = true, max_term_width = 100)]
 #[command(override_usage = "rxl [-vfNtT] VERB [ARGUMENTS]")]
-#[command(after_help = "\
-/etc/rxl.toml may give options that the command line does not: a table for each verb.\n\n\
-Environment: RXL_XL names the real xl; RXL_CONFIG another file than /etc/rxl.toml, or none.")]
+#[command(after_help = ENVIRONMENT)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) globals: Globals,
@@ -250,9 +260,13 @@ pub(crate) struct MigrateArgs {
     /// Ignored: migration is always live
     #[arg(long, hide = true)]
     pub(crate) live: bool,
-    /// Write a report as JSON to FILE, also when the migration fails [not in xl]
+    /// Write a report to FILE, also when the migration fails: as a page with plots if it ends in
+    /// .html, else as JSON; may be repeated [not in xl]
     #[arg(long, value_name = "FILE")]
-    pub(crate) report: Option<PathBuf>,
+    pub(crate) report: Vec<PathBuf>,
+    /// Count it for Prometheus in DIR, where node_exporter's textfile collector reads [not in xl]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) prometheus: Option<PathBuf>,
     /// Program at the target, e.g. xl; without it rxl where the target has it, else xl [not in xl]
     #[arg(long, value_name = "CMD")]
     pub(crate) receiver: Option<String>,
@@ -342,9 +356,13 @@ pub(crate) struct SaveArgs {
     /// same time; or auto, the module where it is loaded [not in xl]
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) mapper: MapperWanted,
-    /// Write a report as JSON to REPORT, also when the save fails [not in xl]
+    /// Write a report to REPORT, also when the save fails: as a page with plots if it ends in
+    /// .html, else as JSON; may be repeated [not in xl]
     #[arg(long, value_name = "REPORT")]
-    pub(crate) report: Option<PathBuf>,
+    pub(crate) report: Vec<PathBuf>,
+    /// Count it for Prometheus in DIR, where node_exporter's textfile collector reads [not in xl]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) prometheus: Option<PathBuf>,
 }
 
 /// Options of `restore`.
@@ -568,9 +586,19 @@ pub(crate) fn man(verb: Option<&str>) -> anyhow::Result<String> {
         page.render_synopsis_section(&mut out)?;
         page.render_description_section(&mut out)?;
         page.render_options_section(&mut out)?;
+        if let Some(more) = verb.get_after_help() {
+            out.extend_from_slice(paragraphs(&more.to_string()).as_bytes());
+        }
     }
     out.extend_from_slice(messages_section().as_bytes());
     Ok(String::from_utf8_lossy(&out).into_owned())
+}
+
+/// What follows a verb's options, in roff: a paragraph for each line.
+fn paragraphs(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.is_empty());
+    let escaped = lines.map(|line| line.replace('\\', "\\e").replace('-', "\\-"));
+    escaped.map(|line| format!(".PP\n\\&{line}\n")).collect()
 }
 
 /// The manual's section of `xl`'s messages, in roff.

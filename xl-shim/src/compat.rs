@@ -82,7 +82,8 @@ const OPTIONS: &[Opt] = options! {
             "--live": "ignored: migration is always live",
         }
         Own "" {
-            "--report": "figures as JSON",
+            "--report": "figures as JSON, or as a page with plots",
+            "--prometheus": "counters for node_exporter",
             "--receiver": "the program at the target",
             "--workers": "who maps and sends memory",
             "--mapper": "what maps it: privcmd, or rxl's kernel module",
@@ -142,7 +143,8 @@ const OPTIONS: &[Opt] = options! {
             "--force": "replace FILE whatever it is",
             "--workers": "who maps and writes memory",
             "--mapper": "what maps it: privcmd, or rxl's kernel module",
-            "--report": "figures as JSON",
+            "--report": "figures as JSON, or as a page with plots",
+            "--prometheus": "counters for node_exporter",
         }
     }
     "restore" {

@@ -42,6 +42,7 @@ mod output;
 mod pair_tests;
 mod passthrough;
 mod policy;
+mod prometheus;
 mod receive;
 mod report;
 mod restore;
@@ -62,6 +63,9 @@ use std::process::ExitCode;
 
 use cli::{Cli, Parsed, Verb};
 use tracing_subscriber::EnvFilter;
+
+/// What diagnostics are wanted; the first that is set counts.
+const LOG_ENV: [&str; 2] = ["RXL_LOG", "RUST_LOG"];
 
 /// All exit codes. 0, 1 and 2 are `xl`'s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +145,8 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
     }
 }
 
-/// Diagnostics of rxl's own, by `RXL_LOG` or `-v`; libxl has a log of its own.
+/// Diagnostics of rxl's own; libxl has a log of its own. `RXL_LOG` says which, or else `RUST_LOG`,
+/// as other Rust programs have it, or else `-v`.
 fn init_log(verbose: u8) {
     let level = match verbose {
         0 => "warn",
@@ -149,6 +154,12 @@ fn init_log(verbose: u8) {
         2 => "debug",
         _ => "trace",
     };
-    let filter = EnvFilter::try_from_env("RXL_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+    let named = |name: &&str| env::var(name).ok().filter(|text| !text.is_empty());
+    let filter = LOG_ENV.iter().find_map(|name| Some((*name, named(name)?)));
+    let filter = filter.and_then(|(name, text)| {
+        let parsed = EnvFilter::try_new(&text);
+        parsed.inspect_err(|error| output::stderr(&format!("rxl: {name}={text}: {error}"))).ok()
+    });
+    let filter = filter.unwrap_or_else(|| EnvFilter::new(level));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
 }

@@ -4,6 +4,8 @@
 //! What it is not: it decides nothing. What follows what is [`rxl_migrate::xl::leaving`]'s,
 //! [`departure`](rxl_migrate::xl::departure)'s and [`saving`](rxl_migrate::xl::saving)'s.
 
+use std::path::Path;
+
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
 use rxl_migrate::report::{Event, Stamped};
@@ -20,9 +22,12 @@ use crate::config;
 use crate::events::EventsWriter;
 use crate::gate::Gate;
 use crate::guard::Guard;
+use crate::history::History;
 use crate::lock::Lock;
 use crate::output::Screen;
 use crate::passthrough;
+use crate::prometheus;
+use crate::report::Report;
 use crate::timeline::{Mark, Timeline};
 use crate::words;
 
@@ -250,6 +255,19 @@ pub(crate) fn why_not_saved(events: &[Stamped], libxl: Option<LifecycleError>) -
         _ => None,
     });
     libxl.map(|error| helper.unwrap_or_else(|| error.to_string()))
+}
+
+/// Keeps the figures for whoever looks later, in `prometheus` too if that is wanted. A migration
+/// has not failed for it.
+pub(crate) fn remember(report: &Report, prometheus: Option<&Path>) {
+    if let Err(error) = History::of_this_host().keep(report) {
+        tracing::warn!("the report is not kept: {error:#}");
+    }
+    if let Some(directory) = prometheus
+        && let Err(error) = prometheus::count(directory, report)
+    {
+        tracing::warn!("Prometheus gets no figures: {error:#}");
+    }
 }
 
 /// Leaves a guest that may suspend yet to its guard.

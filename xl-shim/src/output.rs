@@ -32,10 +32,9 @@ impl Screen {
         match &*self.0 {
             Kind::Stderr { bar } => {
                 let bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
-                let print = || stderr(text);
-                match bar.as_ref() {
-                    Some(bar) => bar.suspend(print),
-                    None => print(),
+                match bar.as_ref().filter(|bar| !bar.is_hidden()) {
+                    Some(bar) => bar.println(text),
+                    None => stderr(text),
                 }
             }
             #[cfg(test)]
@@ -45,7 +44,7 @@ impl Screen {
         }
     }
 
-    /// Shows a bar, or moves it; `text` is what stands behind it.
+    /// Shows a bar, or moves it; `text` is what stands below it.
     pub(crate) fn progress(&self, label: &str, done: u64, total: u64, text: &str) {
         let bar = match &*self.0 {
             Kind::Stderr { bar } => bar,
@@ -53,7 +52,7 @@ impl Screen {
             Kind::Buffer(_) => return,
         };
         let mut bar = bar.lock().unwrap_or_else(PoisonError::into_inner);
-        let bar = bar.get_or_insert_with(new_bar);
+        let bar = bar.get_or_insert_with(|| new_bar(ProgressDrawTarget::stderr_with_hz(5)));
         bar.set_length(total);
         bar.set_position(done);
         bar.set_prefix(label.to_owned());
@@ -78,6 +77,13 @@ impl Screen {
         Screen(Arc::new(Kind::Buffer(Mutex::new(Vec::new()))))
     }
 
+    /// A terminal that keeps what is drawn.
+    #[cfg(test)]
+    pub(crate) fn on(terminal: &indicatif::InMemoryTerm) -> Screen {
+        let bar = new_bar(ProgressDrawTarget::term_like(Box::new(terminal.clone())));
+        Screen(Arc::new(Kind::Stderr { bar: Mutex::new(Some(bar)) }))
+    }
+
     #[cfg(test)]
     pub(crate) fn text(&self) -> String {
         match &*self.0 {
@@ -87,10 +93,10 @@ impl Screen {
     }
 }
 
-fn new_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}% {msg}")
+fn new_bar(target: ProgressDrawTarget) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}%\n{msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(5)).with_style(style)
+    ProgressBar::with_draw_target(Some(0), target).with_style(style)
 }
 
 /// Writes to standard output. `false`: nobody reads it any more.

@@ -1,5 +1,5 @@
 //! The report of one migration or save: made from what rxl and the save helper saw, written as
-//! JSON, and as one line for the user.
+//! JSON or as a page ([`page`]), and as one line for the user.
 //!
 //! Times are milliseconds of the source host's monotonic clock. The *pause* is what the toolstack
 //! can see of the time in which the guest does not run: from the moment the guest is known to be
@@ -10,11 +10,17 @@
 //!
 //! The fields that need the save helper's events are absent where libxl ran another helper.
 
+#[cfg(test)]
+mod example;
+mod page;
+mod plot;
+
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use rxl_migrate::counters::{Counters, Saved};
+use rxl_migrate::progress::Sample;
 use rxl_migrate::report::{Event, PassPages, Stamped};
 use rxl_migrate::xl::handshake::{SenderCause, SenderEnd};
 use rxl_migrate::xl::saving::{SaveCause, SaveEnd};
@@ -23,6 +29,9 @@ use serde::{Deserialize, Serialize};
 use crate::Exit;
 use crate::output::Screen;
 use crate::timeline::{Mark, Timeline};
+
+#[cfg(test)]
+pub(crate) use example::example;
 
 /// How a migration ended, as in the report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +179,9 @@ pub(crate) struct Report {
     pub(crate) mapper: Option<&'static str>,
     /// What all processes of this side have done in all.
     pub(crate) counters: Counters,
+    /// What had been sent when, some hundred moments at most.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) samples: Vec<Sample>,
 }
 
 /// One connection beside the stream.
@@ -181,6 +193,8 @@ pub(crate) struct Link {
     pub(crate) bytes: u64,
     /// Batches sent over it.
     pub(crate) batches: u64,
+    /// How full the queue of batches before it was, from 0 to 1: below 1 it had to wait for some.
+    pub(crate) queue: f64,
     /// Time in which it took no more.
     pub(crate) stalled_ms: f64,
     /// Why it was given up, if it was.
@@ -242,15 +256,17 @@ impl Report {
             links: links(facts.events),
             mapper: mapper(&counters),
             counters,
+            samples: facts.timeline.board().samples(),
         }
     }
 
-    /// Tells it the user: one line of what succeeded, with `verbose` more; and writes it to `path`.
+    /// Tells it the user: one line of what succeeded, with `verbose` more; and writes it to
+    /// `files`.
     pub(crate) fn publish(
         &self,
         screen: &Screen,
         verbose: u8,
-        path: Option<&Path>,
+        files: &[PathBuf],
     ) -> anyhow::Result<()> {
         if self.outcome.is_success() {
             screen.line(&self.summary());
@@ -258,7 +274,7 @@ impl Report {
         if verbose > 0 {
             self.details().iter().for_each(|line| screen.line(line));
         }
-        path.map_or(Ok(()), |path| self.write(path))
+        files.iter().try_for_each(|path| self.write(path))
     }
 
     fn summary(&self) -> String {
@@ -294,17 +310,19 @@ impl Report {
     /// What `-v` tells beside: connections and counters.
     fn details(&self) -> Vec<String> {
         let link = |link: &Link| {
-            let Link { link: number, bytes, batches, stalled_ms, lost } = link;
+            let Link { link: number, bytes, batches, queue, stalled_ms, lost } = link;
             let lost = lost.as_ref().map_or(String::new(), |why| format!("; lost: {why}"));
             let mib = as_f64(*bytes) / MIB;
             format!(
-                "rxl: connection {number}: {mib:.1} MiB in {batches} batches, \
-                 waited for {stalled_ms:.0} ms{lost}"
+                "rxl: connection {number}: {mib:.1} MiB in {batches} batches, queue {:.0} % full, \
+                 waited for {stalled_ms:.0} ms{lost}",
+                queue * 100.0
             )
         };
         let Counters { hypercalls, mappings, mapped_pages, kept_pages, .. } = &self.counters;
-        let Counters { map_ns, unmap_ns, .. } = &self.counters;
-        let (map, unmap) = (as_f64(*map_ns) / 1e6, as_f64(*unmap_ns) / 1e6);
+        let Counters { map_ns, unmap_ns, stalled_ns, .. } = &self.counters;
+        let ms = |ns: &u64| as_f64(*ns) / 1e6;
+        let (map, unmap, stalled) = (ms(map_ns), ms(unmap_ns), ms(stalled_ns));
         let mapper = self.mapper.unwrap_or("nobody");
         let calls: Vec<String> = hypercalls.iter().map(|(op, n)| format!("{op} {n}")).collect();
         let mapped = format!(
@@ -313,7 +331,8 @@ impl Report {
         );
         let calls = format!("rxl: hypercalls: {}", calls.join(", "));
         let left_out = self.left_out();
-        self.links.iter().map(link).chain(left_out).chain([mapped, calls]).collect()
+        let stalled = format!("rxl: {stalled:.0} ms in which a way to the target took no more");
+        self.links.iter().map(link).chain(left_out).chain([mapped, calls, stalled]).collect()
     }
 
     /// What was left out of what was sent, if anything was.
@@ -328,11 +347,12 @@ impl Report {
         (!kinds.is_empty()).then(|| format!("rxl: not sent: {}", kinds.join(", ")))
     }
 
-    /// Writes the JSON to `path`.
+    /// Writes it to `path`: a page if that is what its name says, else JSON.
     fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let mut json = serde_json::to_string_pretty(self)?;
-        json.push('\n');
-        std::fs::write(path, json).with_context(|| format!("writing {}", path.display()))
+        let is_page = path.extension().is_some_and(|end| end == "html" || end == "htm");
+        let text =
+            if is_page { page::page(self)? } else { serde_json::to_string_pretty(self)? + "\n" };
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
     }
 }
 
@@ -393,9 +413,10 @@ fn links(events: &[Stamped]) -> Vec<Link> {
             Event::LinkLost { link, why } => {
                 links.entry(*link).or_default().lost = Some(why.clone());
             }
-            Event::Counted { link: Some(number), bytes, batches, counters } => {
+            Event::Counted { link: Some(number), bytes, batches, queued, counters } => {
                 let link = links.entry(*number).or_default();
                 (link.bytes, link.batches) = (*bytes, *batches);
+                link.queue = as_f64(*queued) / as_f64((*batches).max(1));
                 link.stalled_ms = as_f64(counters.stalled_ns) / 1e6;
             }
             _ => {}
@@ -523,6 +544,7 @@ mod tests {
             link,
             bytes: 3 << 20,
             batches: 2,
+            queued: 1,
             counters: Counters {
                 mappings,
                 kept_pages: 4,
@@ -550,7 +572,10 @@ mod tests {
         assert!(report.summary().ends_with(" MiB/s, 2 connections"), "{}", report.summary());
         assert_eq!(report.counters.mappings, 11);
         let details = report.details();
-        assert_eq!(details[0], "rxl: connection 0: 3.0 MiB in 2 batches, waited for 5 ms");
+        assert_eq!(
+            details[0],
+            "rxl: connection 0: 3.0 MiB in 2 batches, queue 50 % full, waited for 5 ms"
+        );
         assert!(
             details[1].ends_with("; lost: nothing was heard of the receiver"),
             "{}",

@@ -109,6 +109,22 @@ fn completions_and_manual_name_the_verbs_and_options() {
     }
     let man = text(&rxl(&["man"]).stdout);
     assert!(man.contains(".SH \"RXL MIGRATE\"") && man.contains("\\-\\-receiver"), "{man}");
+    for (verb, words) in [
+        ("migrate", "Exit codes: 0 the domain runs at the target"),
+        ("migrate-receive", "standard input"),
+        ("save", "Exit codes: 0 it is saved"),
+        ("restore", "Exit codes: 0 the domain is there"),
+        ("resume", "left suspended"),
+        ("status", "As JSON"),
+        ("cancel", "Exit codes: 0 it is cancelled"),
+        ("completions", "The shell"),
+        ("man", "manual page"),
+    ] {
+        let section = man.split_once(&format!(".SH \"RXL {}\"\n", verb.to_uppercase()));
+        let section = section.map_or("", |(_, rest)| rest).split(".SH \"RXL ").next();
+        assert!(section.unwrap_or_default().contains(words), "{verb}: {man}");
+    }
+    assert!(man.contains("RUST_LOG") && man.contains("/var/lib/rxl/reports"), "{man}");
     assert!(man.contains(".SH \"RXL SAVE\"") && man.contains("\\&'xl {}' requires"), "{man}");
     let man = text(&rxl(&["man", "save"]).stdout);
     assert!(man.contains(".TH rxl-save 1") && man.contains("\\-\\-force"), "{man}");

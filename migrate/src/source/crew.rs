@@ -61,6 +61,8 @@ pub(super) struct Total {
     pub(super) bytes: u64,
     /// Batches.
     pub(super) batches: u64,
+    /// For each of them, the batches that waited for it to be done.
+    pub(super) queued: u64,
 }
 
 /// What the sender of passes has to know.
@@ -231,7 +233,11 @@ impl<'a> Crew<'a> {
                 let pages = member.under_way.pop_front().unwrap_or_default();
                 member.note_sent(pages, sent, confirmed);
                 member.total.bytes += outcome.bytes;
-                member.total.batches += u64::from(outcome.pages() > 0);
+                if outcome.pages() > 0 {
+                    let waiting = member.under_way.iter().filter(|pages| !pages.is_empty());
+                    member.total.batches += 1;
+                    member.total.queued += waiting.count() as u64;
+                }
                 member.lately += outcome.sent.len() as u64;
                 Ok(match counters {
                     Some(counters) => Noted::Counted(member.total, *counters),
@@ -366,6 +372,21 @@ mod tests {
     fn a_small_pass_is_for_all() {
         let ends = ends([1, 1, 1, 1], 300);
         assert!(ends.iter().all(|end| (50..110).contains(end)), "{ends:?}");
+    }
+
+    #[test]
+    fn it_is_counted_how_full_the_queue_of_a_worker_is() {
+        let mut crew = crew(1);
+        let send = |crew: &mut Crew<'_>| crew.send(0, vec![Pfn(0)], Vec::new(), PASS);
+        // It always has another one; then it has to wait for the next.
+        send(&mut crew);
+        for _ in 0..3 {
+            send(&mut crew);
+            reply(&mut crew, 0, 1, 1, 1);
+        }
+        reply(&mut crew, 0, 1, 1, 1);
+        let total = crew.members[&0].total;
+        assert_eq!((total.batches, total.queued), (4, 3));
     }
 
     #[test]

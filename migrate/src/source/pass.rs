@@ -291,8 +291,8 @@ where
     }
 
     fn tell_counts(&mut self, total: Total, counters: Counters) {
-        let Total { link, bytes, batches } = total;
-        self.toolstack.event(&Event::Counted { link, bytes, batches, counters });
+        let Total { link, bytes, batches, queued } = total;
+        self.toolstack.event(&Event::Counted { link, bytes, batches, queued, counters });
     }
 
     /// Takes what news there is of the workers; `wait` for some. Tells of an abort as well.

@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
-    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, restless, sim, smoke, soak,
-    unit,
+    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, report, restless, sim,
+    smoke, soak, unit,
 };
 
 /// Seeds of the simulator that CI runs: some ten seconds.
@@ -77,6 +77,12 @@ enum Suite {
         #[arg(long, default_value_t = 30)]
         minutes: u32,
     },
+    /// Looks at the report's page and the live view with Chromium; needs no lab
+    Report {
+        /// Write the pictures in docs/ anew
+        #[arg(long)]
+        update: bool,
+    },
     /// Searches for inputs that break a parser; needs no lab, but a C++ compiler
     Fuzz(fuzz::Options),
 }
@@ -115,6 +121,7 @@ fn main() -> ExitCode {
                 kmod::run(&mut tally, &session, minutes);
             }
         }
+        Some(Suite::Report { update }) => report::run(&mut tally, update),
         Some(Suite::Fuzz(options)) => fuzz::run(&mut tally, &options),
     }
     tally.finish()

@@ -90,7 +90,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs, screen: &Screen) -> any
     for line in lines(&guest.name, args, &looked, &rate, &estimate, ways.policy.0) {
         screen.line(&line);
     }
-    if let Some(path) = &args.report {
+    for path in &args.report {
         write(path, &told(&guest.name, &args.host, &looked, &rate, &estimate))?;
     }
     Ok(if estimate.gives_up { Exit::Failed } else { Exit::Success })

@@ -66,11 +66,9 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
         timeline: &timeline,
         events: &events,
     });
-    if let Err(error) = history.keep(&report) {
-        tracing::warn!("the report is not kept: {error:#}");
-    }
+    outgoing::remember(&report, args.prometheus.as_deref());
     timeline.board().end(report.outcome.exit());
-    report.publish(&screen, globals.verbose, args.report.as_deref())?;
+    report.publish(&screen, globals.verbose, &args.report)?;
     Ok(report.outcome.exit())
 }
 

@@ -18,7 +18,6 @@ use crate::cli::{Globals, STDIO, SaveArgs};
 use crate::events::EventsPipe;
 use crate::gate::{Gate, SignalWatch};
 use crate::guard::{Guard, Ward};
-use crate::history::History;
 use crate::host::{self, Progress};
 use crate::outgoing::{self, Ended, Guest, kept};
 use crate::output::{self, Screen};
@@ -71,11 +70,9 @@ pub(crate) fn run(globals: &Globals, args: &SaveArgs) -> anyhow::Result<Exit> {
         timeline: &timeline,
         events: &ended.events,
     });
-    if let Err(error) = History::of_this_host().keep(&report) {
-        tracing::warn!("the report is not kept: {error:#}");
-    }
+    outgoing::remember(&report, args.prometheus.as_deref());
     timeline.board().end(report.outcome.exit());
-    report.publish(&screen, globals.verbose, args.report.as_deref())?;
+    report.publish(&screen, globals.verbose, &args.report)?;
     Ok(report.outcome.exit())
 }
 

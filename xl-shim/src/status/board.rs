@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::progress::{Figures, Progress};
+use rxl_migrate::progress::{Figures, Progress, Sample};
 use rxl_migrate::report::Stamped;
 use rxl_migrate::xl::config::DomainConfig;
 
@@ -93,6 +93,16 @@ impl Board {
             posted.state.exit = Some(exit as u8);
             posted.write();
         });
+    }
+
+    /// What had been sent when.
+    pub(crate) fn samples(&self) -> Vec<Sample> {
+        self.with(|posted| posted.progress.samples().to_vec()).unwrap_or_default()
+    }
+
+    /// How far the memory is.
+    pub(crate) fn figures(&self) -> Option<Figures> {
+        self.with(|posted| posted.state.memory.clone())
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Posted) -> T) -> Option<T> {

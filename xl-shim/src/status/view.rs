@@ -98,6 +98,13 @@ pub(crate) fn figures(figures: &Figures) -> Vec<String> {
     lines
 }
 
+/// What a pass has sent.
+pub(crate) fn sent(pages: u64, bytes: u64, took: Duration) -> String {
+    let (bytes, seconds) = (bytes as f64, took.as_secs_f64());
+    let rate = if seconds > 0.0 { bytes / seconds } else { 0.0 };
+    format!("{pages} pages sent, {} in {seconds:.1} s, {}/s", size(bytes), size(rate))
+}
+
 /// The connections and their rates.
 fn links(links: &[LinkFigures]) -> String {
     let lost = links.iter().filter(|link| link.lost).count();
