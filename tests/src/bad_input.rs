@@ -4,8 +4,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rxl_lab::{Finished, GuestKind, GuestSpec, Host, RXL_PATH, quote};
+use serde_json::Value;
 
 use crate::background::Background;
 use crate::lab::{Session, describe, spec};
@@ -197,6 +198,36 @@ fn mid_stream<'a>(session: &'a Session, guest: &str) -> Result<Background<'a>> {
         }
         thread::sleep(Duration::from_millis(200));
     }
+}
+
+/// What `rxl status` of a host says of a migration of `guest` that is under way.
+fn status(host: &Host, guest: &str) -> Result<Option<Value>> {
+    let text = host.run("rxl status --json")?;
+    let mut status: Value = serde_json::from_str(&text).context("rxl status --json")?;
+    let Value::Array(running) = status["running"].take() else { bail!("no list: {text}") };
+    Ok(running.into_iter().find(|run| run["domain"] == guest))
+}
+
+/// Looks at a migration from another shell of both hosts, and cancels it from there.
+pub(crate) fn cancelled_from_elsewhere(session: &Session, guest: &str) -> Result<()> {
+    let (source, target) = (session.host(1)?, session.host(2)?);
+    let migration = mid_stream(session, guest)?;
+    for (host, doing) in [(source, "migrate"), (target, "receive")] {
+        let run = status(host, guest)?.context("rxl status does not show it")?;
+        ensure!(run["doing"] == doing && run["cancellable"] == true, "{}: {run}", host.name());
+        if doing == "migrate" {
+            ensure!(run["memory"]["bytes"].as_u64() > Some(0), "nothing is sent: {run}");
+        }
+    }
+    let shown = source.run("rxl status")?;
+    note(format!("it says: {}", shown.lines().take(3).collect::<Vec<_>>().join("; ")));
+    let cancel = source.finish(&format!("rxl cancel {guest}"), FAILURE_TIMEOUT)?;
+    ensure!(cancel.status.success(), "rxl cancel: {}", describe(&cancel));
+    expect_failure(&migration.finish(FAILURE_TIMEOUT)?, CANCELLED, &["cancelling", KEPT])?;
+    ensure!(status(source, guest)?.is_none(), "rxl status still shows it");
+    let again = source.finish(&format!("rxl cancel {guest}"), FAILURE_TIMEOUT)?;
+    expect_failure(&again, FAILED, &["is not being migrated"])?;
+    unharmed(session, guest)
 }
 
 /// Kills the processes of a host whose command line begins with `words`.

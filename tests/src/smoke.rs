@@ -3,6 +3,7 @@
 
 use rxl_lab::{GuestKind, Route};
 
+use crate::bad_input;
 use crate::lab::{Session, spec};
 use crate::tally::Tally;
 
@@ -22,6 +23,10 @@ pub fn run(tally: &mut Tally, session: &Session) {
         let label = kind.to_string().to_uppercase();
         let start = || session.start(&guest, kind, DIRTY_PAGES_PER_S);
         tally.case(&format!("{label}: start ({} MiB)", spec(&guest, kind).memory_mib), start);
+        if kind == GuestKind::Pv {
+            let cancelled = || bad_input::cancelled_from_elsewhere(session, &guest);
+            tally.case(&format!("{label}: rxl status, rxl cancel"), cancelled);
+        }
         for (name, route) in ROUTES {
             tally.case(&format!("{label}: {name}"), || session.migrate(&guest, kind, route));
         }

@@ -66,6 +66,11 @@ pub struct Move {
     pub cpu_waited: f64,
     /// Pages of the guest that did not hold what they should.
     pub bad_pages: u64,
+    /// How often rxl's processes at the source took the lock of their address space for writing,
+    /// and how long they waited for it, if that was counted.
+    pub lock_acquisitions: Option<u64>,
+    /// See above.
+    pub lock_wait_ms: Option<f64>,
 }
 
 /// A guest that writes `dirty_mbit`; 0 for one that does not write.
@@ -160,6 +165,8 @@ fn figures(
         cpu_target,
         cpu_waited,
         bad_pages: migration.bad_pages,
+        lock_acquisitions: None,
+        lock_wait_ms: None,
     }
 }
 
@@ -182,7 +189,11 @@ impl std::fmt::Display for Move {
              {seconds:>6.1} s, pause {pause} ms (guest {guest_gap_ms}), {passes} passes, {:.0} MB, \
              CPU {cpu:.2}",
             megabytes(&self.sent)
-        )
+        )?;
+        match self.lock_acquisitions.zip(self.lock_wait_ms) {
+            Some((times, ms)) => write!(f, ", lock taken {times} times, waited for {ms:.1} ms"),
+            None => Ok(()),
+        }
     }
 }
 

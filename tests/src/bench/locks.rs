@@ -14,6 +14,9 @@ const TRACING: &str = "/sys/kernel/tracing";
 /// The kernel's buffer for each CPU. An event takes some 100 bytes.
 const BUFFER_KIB: u32 = 8192;
 
+/// A trace of some million events is read in that time.
+const TRACE_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// What was counted between the marks that the program writes, `begin` and `end`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Locks {
@@ -53,7 +56,31 @@ pub fn during(host: &Host, program: &str, command: &str, timeout: Duration) -> R
         ),
         timeout,
     )?;
-    count(&trace)
+    count(&trace, true)
+}
+
+/// Begins to count what happens on `host`, which [`prepare`] has made ready.
+///
+/// # Errors
+/// The host cannot be asked.
+pub fn begin(host: &Host) -> Result<()> {
+    host.run(&format!("cd {TRACING} && echo > trace && echo 1 > tracing_on")).map(drop)
+}
+
+/// What all processes called `program` did since [`begin`]. `held_ms` is too long where a lock that
+/// was taken for writing was kept for reading.
+///
+/// # Errors
+/// The trace cannot be read or is not complete.
+pub fn end(host: &Host, program: &str) -> Result<Locks> {
+    let trace = host.run_within(
+        &format!(
+            "cd {TRACING} && echo 0 > tracing_on && \
+             {{ grep -E '^ *{program}-.*write=true|LOST' trace || true; }}"
+        ),
+        TRACE_TIMEOUT,
+    )?;
+    count(&trace, false)
 }
 
 /// One line of the trace.
@@ -87,11 +114,12 @@ struct Thread {
     has_since_s: Option<f64>,
 }
 
-fn count(trace: &str) -> Result<Locks> {
+/// `marked`: only what is between the marks of the program.
+fn count(trace: &str, marked: bool) -> Result<Locks> {
     let mut locks = Locks::default();
     let mut threads: BTreeMap<&str, Thread> = BTreeMap::new();
-    let mut is_between = false;
-    let mut has_ended = false;
+    let mut is_between = !marked;
+    let mut has_ended = !marked;
     for line in trace.lines() {
         if line.contains("LOST") {
             bail!("The kernel's trace is not complete: {line}");
@@ -156,7 +184,7 @@ mod tests {
     #[test]
     fn the_lock_is_held_for_writing_until_it_is_kept_for_reading() {
         let end = " mapping-6 [001] ..... 3.0: tracing_mark_write: mapping end\n";
-        let locks = count(&format!("{TRACE}{end}")).expect("a whole trace");
+        let locks = count(&format!("{TRACE}{end}"), true).expect("a whole trace");
         assert_eq!(locks.acquisitions, 2);
         assert!((locks.wait_ms - 5.0).abs() < 1e-6, "{locks:?}");
         assert!((locks.held_ms - 5.0).abs() < 1e-6, "{locks:?}");
@@ -164,7 +192,14 @@ mod tests {
 
     #[test]
     fn a_trace_without_its_end_or_with_a_hole_is_refused() {
-        assert!(count(TRACE).is_err());
-        assert!(count("CPU:0 [LOST 12 EVENTS]").is_err());
+        assert!(count(TRACE, true).is_err());
+        assert!(count("CPU:0 [LOST 12 EVENTS]", false).is_err());
+    }
+
+    #[test]
+    fn without_marks_all_of_the_trace_counts() {
+        let locks = count(TRACE, false).expect("a whole trace");
+        assert_eq!(locks.acquisitions, 3);
+        assert!((locks.wait_ms - 6.0).abs() < 1e-6, "{locks:?}");
     }
 }

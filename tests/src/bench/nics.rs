@@ -9,7 +9,7 @@ use rxl_lab::{GuestKind, Shape};
 use serde::Serialize;
 
 use super::link::{Move, Mover, guest, move_over};
-use super::{hundredths, median, print, start};
+use super::{hundredths, locks, median, print, rounded, start};
 use crate::lab::Session;
 
 /// Numbers of NICs that are compared.
@@ -42,6 +42,9 @@ pub struct Options {
     /// Only over NICs of different rates
     #[arg(long)]
     unequal: bool,
+    /// Count how often locks of address spaces are taken and waited for (tracing takes time)
+    #[arg(long)]
+    locks: bool,
 }
 
 /// What the guest does.
@@ -76,6 +79,11 @@ pub fn run(options: Options) -> Result<()> {
     let nics = u8::try_from(most)?;
     let session = Session::open_shaped(Shape { nics, ..Shape::default() })?;
     session.lab().push_rxl()?;
+    for number in [1, 2] {
+        if options.locks {
+            locks::prepare(session.host(number)?)?;
+        }
+    }
     for kind in [GuestKind::Pvh, GuestKind::Pv] {
         for workload in [Workload::Idle, Workload::Dirty] {
             let is_wanted = options.kind.is_none_or(|wanted| wanted == kind)
@@ -112,14 +120,18 @@ fn measure(
     workload: Workload,
     options: Options,
 ) -> Result<()> {
-    let Options { rate, runs, json, unequal, .. } = options;
+    let Options { rate, runs, json, unequal, locks, .. } = options;
     let differ = |rates: &Vec<u32>| rates.first() != rates.last();
     let mut plans = plans(rate);
     plans.retain(|rates| differ(rates) || !unequal);
     let mut one_nic = Vec::new();
     for _ in 0..runs {
         for rates in &plans {
-            let run = move_over(session, name, kind, Mover::Rxl, rates)?;
+            let run = if locks {
+                counted(session, name, kind, rates)?
+            } else {
+                move_over(session, name, kind, Mover::Rxl, rates)?
+            };
             if run.nics == 1 {
                 one_nic.push(ms(run.total_ms));
             }
@@ -130,6 +142,17 @@ fn measure(
         }
     }
     Ok(())
+}
+
+/// The same with the locks of address spaces at the source.
+fn counted(session: &Session, name: &str, kind: GuestKind, rates: &[u32]) -> Result<Move> {
+    let (from, _) = session.here_and_there(name)?;
+    locks::begin(from)?;
+    let run = move_over(session, name, kind, Mover::Rxl, rates);
+    let locks = locks::end(from, "rxl")?;
+    let (lock_acquisitions, lock_wait_ms) =
+        (Some(locks.acquisitions), Some(rounded(locks.wait_ms)));
+    Ok(Move { lock_acquisitions, lock_wait_ms, ..run? })
 }
 
 /// Rates of the NICs in use: equal ones, and as much in two slow and two fast ones.
