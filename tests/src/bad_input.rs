@@ -204,8 +204,9 @@ fn mid_stream<'a>(session: &'a Session, guest: &str) -> Result<Background<'a>> {
 fn status(host: &Host, guest: &str) -> Result<Option<Value>> {
     let text = host.run("rxl status --json")?;
     let mut status: Value = serde_json::from_str(&text).context("rxl status --json")?;
-    let Value::Array(running) = status["running"].take() else { bail!("no list: {text}") };
-    Ok(running.into_iter().find(|run| run["domain"] == guest))
+    let running = status.get_mut("running").map(Value::take);
+    let Some(Value::Array(running)) = running else { bail!("no list: {text}") };
+    Ok(running.into_iter().find(|run| run.get("domain").is_some_and(|domain| domain == guest)))
 }
 
 /// Looks at a migration from another shell of both hosts, and cancels it from there.
@@ -214,9 +215,11 @@ pub(crate) fn cancelled_from_elsewhere(session: &Session, guest: &str) -> Result
     let migration = mid_stream(session, guest)?;
     for (host, doing) in [(source, "migrate"), (target, "receive")] {
         let run = status(host, guest)?.context("rxl status does not show it")?;
-        ensure!(run["doing"] == doing && run["cancellable"] == true, "{}: {run}", host.name());
+        let said = |name| run.pointer(name).unwrap_or(&Value::Null);
+        let is_so = *said("/doing") == doing && *said("/cancellable") == true;
+        ensure!(is_so, "{}: {run}", host.name());
         if doing == "migrate" {
-            ensure!(run["memory"]["bytes"].as_u64() > Some(0), "nothing is sent: {run}");
+            ensure!(said("/memory/bytes").as_u64() > Some(0), "nothing is sent: {run}");
         }
     }
     let shown = source.run("rxl status")?;

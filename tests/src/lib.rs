@@ -1,7 +1,7 @@
 //! What spans rxl's crates: programs of the distribution that judge its work ([`stock`]), the
 //! suites that run in the lab ([`smoke`], [`interop`], [`soak`], [`bad_input`], [`failures`],
-//! [`restless`], [`extents`], [`evacuate`], [`kmod`]) or on a modelled Xen ([`fake`]), benchmarks in
-//! the lab ([`bench`]), what starts the simulator ([`sim`]), the search for inputs that break a
+//! [`restless`], [`extents`], [`evacuate`], [`kmod`]) or on a modelled Xen ([`fake`]), benchmarks
+//! in the lab ([`bench`]), what starts the simulator ([`sim`]), the search for inputs that break a
 //! parser ([`fuzz`]), a look at pages with a browser ([`report`]), and the runner of everything
 //! ([`tally`], [`unit`]).
 //!

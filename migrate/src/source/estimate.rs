@@ -27,8 +27,8 @@ pub struct Sample {
     pub reading: Duration,
 }
 
-/// Has the writes of `domain` logged for `time`; they are not logged any more when it returns. `now`
-/// is a clock that never goes back; `wait` waits, and says `false` if somebody wants an end.
+/// Has the writes of `domain` logged for `time`; they are not logged any more when it returns.
+/// `now` is a clock that never goes back; `wait` waits, and says `false` if somebody wants an end.
 ///
 /// # Errors
 /// What would also keep the guest from being moved: Xen's refusal to log its writes, or a p2m that

@@ -272,7 +272,7 @@ impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} of {} feasible runs within the pause allowed and a fifth; {} of {} others as chosen",
+            "{} of {} feasible runs within the pause allowed and a fifth; {} of {} as chosen",
             self.within_target, self.feasible, self.as_chosen, self.infeasible
         )
     }
