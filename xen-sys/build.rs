@@ -48,6 +48,7 @@ const ABI_CONSTANTS: &[&str] = &[
     "XENVER_version",
     "XEN_DOMCTL_.*",
     "XEN_DOMINF_.*",
+    "XEN_SCHEDULER_CREDIT2?",
     "XEN_SYSCTL_PHYSCAP_shadow",
     "XEN_SYSCTL_physinfo",
     "__HYPERVISOR_(domctl|hvm_op|memory_op|mmuext_op|multicall|sysctl|xen_version)",

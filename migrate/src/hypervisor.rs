@@ -238,6 +238,24 @@ impl std::fmt::Debug for VcpuState {
     }
 }
 
+/// How much processor time a domain may have, in percent of one processor; 0: as much as there is.
+/// A parameter of the hypervisor's scheduler.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuCap(pub u16);
+
+impl CpuCap {
+    /// `percent` of what this allows a domain of `vcpus`; at least something.
+    #[must_use]
+    pub fn part(self, percent: u8, vcpus: u32) -> CpuCap {
+        let all = match self.0 {
+            0 => u64::from(vcpus) * 100,
+            cap => u64::from(cap),
+        };
+        let part = (all * u64::from(percent) / 100).max(1);
+        CpuCap(u16::try_from(part).unwrap_or(u16::MAX - 1))
+    }
+}
+
 /// What the sender asks of its domain.
 pub trait SourceDomain: Domain {
     /// Switches log-dirty on, taking it away from VRAM tracking if that holds it.
@@ -288,6 +306,16 @@ pub trait SourceDomain: Domain {
     /// # Errors
     /// The hypercalls'.
     fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>>;
+    /// How much processor time it may have.
+    ///
+    /// # Errors
+    /// The hypercall's: `EINVAL` where the scheduler knows no such limit.
+    fn cpu_cap(&self) -> HvResult<CpuCap>;
+    /// Lets it have so much from now on.
+    ///
+    /// # Errors
+    /// As [`SourceDomain::cpu_cap`].
+    fn set_cpu_cap(&self, cap: CpuCap) -> HvResult<()>;
     /// Nothing is sent any more. What is mapped may stay so from now on, if this process ends
     /// soon: the guest waits, and a mapping that goes with its process costs less.
     fn leave_mapped(&self) {}

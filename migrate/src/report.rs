@@ -120,6 +120,11 @@ pub enum Event {
         /// The rest.
         counters: Counters,
     },
+    /// The guest is slowed, because it writes too fast.
+    Throttled {
+        /// What it is left of its processors, in percent.
+        percent: u8,
+    },
     /// The policy has looked at what is left, and expects a pause that long if it suspends the
     /// guest now; the last one is that of its decision to do so.
     PauseExpected {

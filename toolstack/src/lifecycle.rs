@@ -5,6 +5,7 @@
 use std::os::fd::BorrowedFd;
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::CpuCap;
 use rxl_migrate::xl::movable::Facts;
 
 /// A request that the toolstack refused.
@@ -94,6 +95,16 @@ pub trait Lifecycle {
     /// # Errors
     /// The hypervisor's.
     fn log_dirty_off(&self, domain: DomId) -> Result<()>;
+    /// How much processor time it may have.
+    ///
+    /// # Errors
+    /// The hypervisor's: its scheduler knows no such limit.
+    fn cpu_cap(&self, domain: DomId) -> Result<CpuCap>;
+    /// Lets it have so much from now on.
+    ///
+    /// # Errors
+    /// As [`Lifecycle::cpu_cap`].
+    fn set_cpu_cap(&self, domain: DomId, cap: CpuCap) -> Result<()>;
     /// A function that ends a [`Lifecycle::save`] or [`Lifecycle::restore`] from another thread;
     /// that then returns [`CANCELLED`], unless it succeeds nevertheless.
     ///

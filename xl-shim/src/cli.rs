@@ -156,6 +156,9 @@ pub(crate) struct GuardArgs {
     /// The host that the domain is sent to
     #[arg(long)]
     pub(crate) to: Option<String>,
+    /// How much processor time to give it back
+    #[arg(long)]
+    pub(crate) cpu_cap: Option<u16>,
 }
 
 /// Options of `divert`.

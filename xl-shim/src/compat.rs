@@ -113,6 +113,7 @@ const OPTIONS: &[Opt] = options! {
             "--max-time": "for how long memory is sent before it, at most",
             "--max-passes": "how many times, at most",
             "--on-limit": "what to do if the pause would be too long even so",
+            "--throttle": "slow a guest that writes faster than its memory can be sent",
         }
     }
     "migrate-receive" {

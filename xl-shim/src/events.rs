@@ -100,6 +100,9 @@ impl View {
                 let sent = view::sent(pages.sent(), bytes.saturating_sub(before), took);
                 self.screen.line(&format!("rxl: {}: {sent}", label(*pass, *last)));
             }
+            Event::Throttled { percent } => {
+                self.screen.line(&format!("rxl: guest slowed to {percent} %"));
+            }
             Event::PauseExpected { .. } if !self.bar => {
                 self.screen.line(&format!("rxl: so far {}", lines().join("; ")));
             }

@@ -9,10 +9,11 @@ use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::CpuCap;
 use rxl_migrate::xl::config::DomainConfig;
 use rxl_migrate::xl::movable::Facts;
 use rxl_toolstack::lifecycle::{
@@ -63,6 +64,8 @@ struct Inner {
     cancelled: AtomicBool,
     /// Of the domain that was saved last; as after a helper that was killed, on at every failure.
     log_dirty: AtomicBool,
+    /// Of all domains.
+    cpu_cap: AtomicU16,
 }
 
 impl fmt::Debug for FakeHost {
@@ -185,6 +188,15 @@ impl Lifecycle for FakeHost {
 
     fn log_dirty_off(&self, _domain: DomId) -> Result<()> {
         self.0.log_dirty.store(false, SeqCst);
+        Ok(())
+    }
+
+    fn cpu_cap(&self, _domain: DomId) -> Result<CpuCap> {
+        Ok(CpuCap(self.0.cpu_cap.load(SeqCst)))
+    }
+
+    fn set_cpu_cap(&self, _domain: DomId, cap: CpuCap) -> Result<()> {
+        self.0.cpu_cap.store(cap.0, SeqCst);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::{env, fs, thread};
 
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::CpuCap;
 use rxl_migrate::xl::away_name;
 use rxl_migrate::xl::guard::{self, Duty};
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
@@ -40,6 +41,8 @@ pub(crate) enum Ward<'a> {
         draft: Option<&'a Path>,
         /// The host that it is sent to.
         to: Option<&'a str>,
+        /// How much processor time it may have, if it may be slowed meanwhile.
+        cap: Option<CpuCap>,
     },
     /// A copy of that name that is made.
     Copy(&'a str),
@@ -75,7 +78,10 @@ impl Guard {
         let mut command = Command::new(env::current_exe()?);
         command.arg("domain-guard");
         match ward {
-            Ward::Leaving { domid, name, draft, to } => {
+            Ward::Leaving { domid, name, draft, to, cap } => {
+                if let Some(CpuCap(cap)) = cap {
+                    command.arg("--cpu-cap").arg(cap.to_string());
+                }
                 if let Some(draft) = draft {
                     command.arg("--draft").arg(draft);
                 }
@@ -127,7 +133,7 @@ impl Drop for Guard {
 pub(crate) fn run(globals: &Globals, ward: &GuardArgs) -> anyhow::Result<Exit> {
     // Away from the terminal, whose Ctrl-C is for the owner to judge.
     rustix::process::setsid().context("leaving the session")?;
-    let GuardArgs { side, name, domid, draft, to } = ward;
+    let GuardArgs { side, name, domid, draft, to, cpu_cap } = ward;
     let duty = guard::duty(&mut io::stdin());
     if duty == Duty::Nothing || duty == Duty::Tell && *side == Side::Target {
         // What a receiver leaves there, the sender's user is told of.
@@ -144,7 +150,7 @@ pub(crate) fn run(globals: &Globals, ward: &GuardArgs) -> anyhow::Result<Exit> {
             }
             return Ok(Exit::Success);
         }
-        (Side::Source, Some(domid)) => keep(&host, domid, name)?,
+        (Side::Source, Some(domid)) => keep(&host, domid, name, cpu_cap.map(CpuCap))?,
         (Side::Source, None) => bail!("which domain?"),
         (Side::Target, _) => clear(&host, name)?,
     }
@@ -186,10 +192,15 @@ fn remove(draft: &Path) {
     }
 }
 
-/// Puts the source right.
-pub(crate) fn keep(host: &dyn Lifecycle, domid: DomId, name: &str) -> anyhow::Result<()> {
+/// Puts the source right. `cap`: how much processor time it had, if it may have been slowed.
+pub(crate) fn keep(
+    host: &dyn Lifecycle,
+    domid: DomId,
+    name: &str,
+    cap: Option<CpuCap>,
+) -> anyhow::Result<()> {
     let limit = Instant::now() + SUSPEND_LIMIT;
-    Ok(guard::keep(&mut Source { host, domid, name, limit })?)
+    Ok(guard::keep(&mut Source { host, domid, name, cap, limit })?)
 }
 
 /// The domain that is being sent.
@@ -197,6 +208,7 @@ struct Source<'a> {
     host: &'a dyn Lifecycle,
     domid: DomId,
     name: &'a str,
+    cap: Option<CpuCap>,
     limit: Instant,
 }
 
@@ -217,6 +229,14 @@ impl guard::Keeper for Source<'_> {
 
     fn log_dirty_off(&mut self) {
         if let Err(error) = self.host.log_dirty_off(self.domid) {
+            output::stderr(&format!("rxl: {error}"));
+        }
+    }
+
+    fn speed_up(&mut self) {
+        if let Some(cap) = self.cap
+            && let Err(error) = self.host.set_cpu_cap(self.domid, cap)
+        {
             output::stderr(&format!("rxl: {error}"));
         }
     }
@@ -249,7 +269,9 @@ mod tests {
         for name in ["web", "web--migratedaway"] {
             let host = FakeHost::default();
             let domid = host.add(name, Condition::Suspended);
-            keep(&host, domid, "web").unwrap();
+            host.set_cpu_cap(domid, CpuCap(10)).unwrap();
+            keep(&host, domid, "web", Some(CpuCap(70))).unwrap();
+            assert_eq!(host.cpu_cap(domid).unwrap(), CpuCap(70));
             assert_eq!(host.domains(), [("web".to_owned(), Condition::Runs)]);
         }
     }

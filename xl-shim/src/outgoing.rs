@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail};
 use rxl_migrate::frame::DomId;
+use rxl_migrate::hypervisor::CpuCap;
 use rxl_migrate::report::{Event, Stamped};
 use rxl_migrate::xl;
 use rxl_migrate::xl::channel::{Said, Until};
@@ -134,6 +135,8 @@ pub(crate) struct Outgoing<'a, W> {
     pub(crate) channel: Channel,
     pub(crate) gate: &'a Gate,
     pub(crate) guard: Guard,
+    /// How much processor time the domain may have, if it may be slowed meanwhile.
+    pub(crate) cap: Option<CpuCap>,
     pub(crate) screen: &'a Screen,
     pub(crate) timeline: &'a mut Timeline,
     /// Closed once the save helper has ended.
@@ -208,6 +211,14 @@ impl<W: Way> Leaving for Outgoing<'_, W> {
         // It is off already, unless the save helper was killed.
         if let Err(error) = self.host.log_dirty_off(self.domid) {
             tracing::warn!("{error}");
+        }
+    }
+
+    fn speed_up(&mut self) {
+        if let Some(cap) = self.cap
+            && let Err(error) = self.host.set_cpu_cap(self.domid, cap)
+        {
+            self.say(&format!("rxl: {error}"));
         }
     }
 

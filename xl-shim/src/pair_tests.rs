@@ -90,6 +90,7 @@ impl Pair {
             channel: channel(wire, &self.source_gate),
             gate: &self.source_gate,
             guard: Guard::none(),
+            cap: None,
             screen: &screen,
             timeline: &mut timeline,
             events: None,

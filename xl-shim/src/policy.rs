@@ -11,8 +11,8 @@ use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use rxl_migrate::source::precopy::{AtLimit, Limits, Policy};
 
-/// `stock`, or any of `pause=MS`, `fixed=MS`, `time=S`, `passes=N`, `limit=force|cancel` with
-/// commas between them.
+/// `stock`, or any of `pause=MS`, `fixed=MS`, `time=S`, `passes=N`, `limit=force|cancel`,
+/// `throttle=0|1` with commas between them.
 pub(crate) const ENV: &str = "RXL_POLICY";
 
 /// Options of a live migration that say when the guest is suspended.
@@ -39,6 +39,10 @@ pub(crate) struct PolicyArgs {
     /// [not in xl]
     #[arg(long, value_enum, default_value = "force", value_name = "WHAT")]
     on_limit: OnLimit,
+    /// Slow a guest that writes faster than its memory can be sent, in steps, down to a tenth of
+    /// its processors, until it is suspended [not in xl]
+    #[arg(long)]
+    throttle: bool,
 }
 
 /// Rules, by their names on the command line.
@@ -56,6 +60,11 @@ enum OnLimit {
 }
 
 impl PolicyArgs {
+    /// Whether the guest may be slowed.
+    pub(crate) fn throttles(&self) -> bool {
+        self.throttle && self.policy == Rule::Time
+    }
+
     /// What they mean. `fixed_part` of the pause is not memory, if that is known.
     pub(crate) fn policy(&self, fixed_part: Option<Duration>) -> PolicyWanted {
         if self.policy == Rule::Stock {
@@ -71,6 +80,7 @@ impl PolicyArgs {
                 OnLimit::Cancel => AtLimit::Cancel,
             },
             fixed: fixed_part.unwrap_or(usual.fixed),
+            throttle: self.throttle,
         }))
     }
 }
@@ -95,6 +105,7 @@ impl FromStr for PolicyWanted {
                 "fixed" => limits.fixed = Duration::from_millis(number()?),
                 "time" => limits.time = Some(Duration::from_secs(number()?)),
                 "passes" => limits.passes = value.parse().context("passes: no number")?,
+                "throttle" => limits.throttle = number()? != 0,
                 "limit" => limits.at_limit = at_limit(value)?,
                 other => bail!("there is no {other}"),
             }
@@ -119,6 +130,9 @@ impl fmt::Display for PolicyWanted {
         if let Some(time) = limits.time {
             write!(f, ",time={}", time.as_secs())?;
         }
+        if limits.throttle {
+            f.write_str(",throttle=1")?;
+        }
         f.write_str(match limits.at_limit {
             AtLimit::Force => ",limit=force",
             AtLimit::Cancel => ",limit=cancel",
@@ -136,6 +150,7 @@ mod tests {
             "stock",
             "pause=300,fixed=100,passes=30,limit=force",
             "pause=0,fixed=7,passes=1,time=60,limit=cancel",
+            "pause=300,fixed=100,passes=30,throttle=1,limit=force",
         ] {
             assert_eq!(text.parse::<PolicyWanted>().unwrap().to_string(), text);
         }

@@ -157,6 +157,9 @@ pub(crate) struct Report {
     /// the request is not in it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pause_expected_ms: Option<u64>,
+    /// What the guest was left of its processors at last, in percent, if it was slowed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) throttled_percent: Option<u8>,
     /// The pause by cause.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) pause: Option<Pause>,
@@ -245,6 +248,10 @@ impl Report {
                 Event::PauseExpected { ms } => Some(ms),
                 _ => None,
             }),
+            throttled_percent: facts.events.iter().rev().find_map(|s| match s.event {
+                Event::Throttled { percent } => Some(percent),
+                _ => None,
+            }),
             pause: pause(facts, suspended, reported),
             bytes,
             rate_mib_s: bytes.zip(seconds).map(|(b, s)| as_f64(b) / MIB / s),
@@ -294,6 +301,9 @@ impl Report {
             let es = if passes == 1 { "" } else { "es" };
             let mib = as_f64(bytes) / MIB;
             line += &format!(", {mib:.0} MiB in {passes} pass{es}, {rate:.0} MiB/s");
+        }
+        if let Some(percent) = self.throttled_percent {
+            line += &format!(", slowed to {percent} %");
         }
         let saved = self.counters.left_out.by_kind().iter().map(|(_, saved)| saved.bytes).sum();
         if saved > 0 {

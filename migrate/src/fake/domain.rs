@@ -11,7 +11,7 @@ use super::xen::{E2BIG, EACCES, EBUSY, EEXIST, EINVAL, ENOMEM, ESRCH, Errno, Gue
 use crate::bitmap::PageBitmap;
 use crate::frame::{DomId, INVALID_FRAME, Mfn, PAGE_SHIFT, PageBuf, PageType, Pfn, WORDS_PER_PAGE};
 use crate::hypervisor::{
-    Access, BATCH_PAGES_MAX, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
+    Access, BATCH_PAGES_MAX, CpuCap, CpuPolicy, Domain, DomainInfo, HvError, HvResult, PolicyError,
     SHUTDOWN_SUSPEND, SourceDomain, TargetDomain, TscInfo, VcpuState,
 };
 use crate::x86::pv::{VCPU_CONTEXT_BYTES, context, get_u64, put, shared_info};
@@ -312,6 +312,17 @@ impl SourceDomain for FakeDomain {
                 later => later.map(|readings| readings - 1),
             };
             dirty.iter().for_each(|pfn| bitmap.set(Pfn(*pfn)));
+            Ok(())
+        })
+    }
+
+    fn cpu_cap(&self) -> HvResult<CpuCap> {
+        self.call("cpu_cap", |xen| Ok(CpuCap(xen.dom(self.id.0).cpu_cap)))
+    }
+
+    fn set_cpu_cap(&self, cap: CpuCap) -> HvResult<()> {
+        self.call("set_cpu_cap", |xen| {
+            xen.dom(self.id.0).cpu_cap = cap.0;
             Ok(())
         })
     }

@@ -107,6 +107,24 @@ pub(super) struct Dom {
     pub(super) policy: CpuPolicy,
     pub(super) tsc: TscInfo,
     pub(super) guest: Option<Guest>,
+    /// The scheduler's limit, in percent of a processor; 0: none.
+    pub(super) cpu_cap: u16,
+    /// Of the turns that it would have had, those that this has left it, in percent.
+    turns: u64,
+}
+
+impl Dom {
+    /// Whether it has its turn now, which a limit may cost it.
+    fn has_turn(&mut self) -> bool {
+        if self.cpu_cap == 0 {
+            return true;
+        }
+        let all = 100 * self.vcpus.len().max(1) as u64;
+        self.turns += u64::from(self.cpu_cap).min(all);
+        let turn = self.turns >= all;
+        self.turns -= if turn { all } else { 0 };
+        turn
+    }
 }
 
 /// All of the machine.
@@ -209,7 +227,7 @@ impl Xen {
     /// Every guest that runs does a few things.
     pub(super) fn run_guests(&mut self) {
         for id in self.domains.keys().copied().collect::<Vec<_>>() {
-            if self.dom(id).shutdown.is_none() {
+            if self.dom(id).shutdown.is_none() && self.dom(id).has_turn() {
                 self.with_guest(id, |xen, guest| match guest {
                     Guest::Pv(guest) => guest.run(xen),
                     Guest::Hvm(guest) => guest.run(xen),

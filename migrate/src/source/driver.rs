@@ -6,7 +6,7 @@ use crate::bitmap::PageBitmap;
 use crate::error::{Error, Result, chain};
 use crate::frame::PAGE_SIZE;
 use crate::hypervisor::{
-    DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
+    CpuCap, DomainInfo, LogLevel, SHUTDOWN_SUSPEND, SourceDomain, StreamOut, Toolstack,
 };
 use crate::report;
 use crate::source::batch::{BatchSender, Space};
@@ -89,6 +89,8 @@ struct Driver<'a, D: SourceDomain, O, T> {
     pending: PageBitmap,
     log_dirty: bool,
     qemu_log_dirty: bool,
+    /// How much processor time the guest may have otherwise, while it is slowed.
+    cap: Option<CpuCap>,
     clock: Clock,
 }
 
@@ -132,7 +134,7 @@ where
     let pending = PageBitmap::new(p2m_pages);
     let clock = Clock { began: sender.toolstack.now(), ..Clock::default() };
     let (log_dirty, qemu_log_dirty) = (false, false);
-    Ok(Driver { info, sender, state: None, pending, log_dirty, qemu_log_dirty, clock })
+    Ok(Driver { info, sender, state: None, pending, log_dirty, qemu_log_dirty, cap: None, clock })
 }
 
 impl<D, O, T> Driver<'_, D, O, T>
@@ -178,6 +180,7 @@ where
             Action::WriteHead => self.write_head(options)?,
             Action::SendPass { pass, set, last } => self.send_pass(pass, set, last)?,
             Action::ReadDirty { last } => return self.read_dirty(last),
+            Action::Throttle { percent } => self.throttle(percent),
             Action::Suspend { expected } => self.suspend(expected)?,
             Action::GiveUp { pause } => return Err(Error::PauseTooLong { pause }),
             Action::WriteVerify => {
@@ -325,7 +328,49 @@ where
             return Err(Error::NotSuspended);
         }
         self.sender.toolstack.event(&report::Event::Suspended);
+        // Wherever it goes on, it does so at its own speed.
+        self.restore_speed();
         Ok(())
+    }
+
+    /// Slows the guest. A scheduler that cannot is no reason to fail.
+    fn throttle(&mut self, percent: u8) {
+        let domain = self.sender.batches.domain;
+        let vcpus = self.info.max_vcpu_id.saturating_add(1);
+        let slowed = self.cap.map_or_else(|| domain.cpu_cap(), Ok).and_then(|cap| {
+            // Set first: a failure half way may have changed it.
+            self.cap = Some(cap);
+            domain.set_cpu_cap(cap.part(percent, vcpus))
+        });
+        let toolstack = &mut *self.sender.toolstack;
+        match slowed {
+            Ok(()) => {
+                let text = format!(
+                    "The guest writes too fast: it has {percent} % of its processors until it is \
+                     suspended"
+                );
+                toolstack.log(LogLevel::Warn, &text);
+                toolstack.event(&report::Event::Throttled { percent });
+            }
+            Err(error) => {
+                let text = format!("The guest cannot be slowed: {}", chain(&error));
+                toolstack.log(LogLevel::Warn, &text);
+            }
+        }
+    }
+
+    fn restore_speed(&mut self) {
+        if let Some(cap) = self.cap.take()
+            && let Err(error) = self.sender.batches.domain.set_cpu_cap(cap)
+        {
+            let text = format!(
+                "Failed to give the guest its processors back ({}): xl sched-credit2 -d {} -c {}",
+                chain(&error),
+                self.sender.batches.domain.domid(),
+                cap.0
+            );
+            self.sender.toolstack.log(LogLevel::Error, &text);
+        }
     }
 
     fn write_tail(&mut self) -> Result<()> {
@@ -340,6 +385,7 @@ where
     /// Switches off what was switched on. What fails here is told, and changes nothing: the
     /// stream is complete, or has failed for a better reason.
     fn cleanup(&mut self) {
+        self.restore_speed();
         if std::mem::take(&mut self.log_dirty)
             && let Err(error) = self.sender.batches.domain.log_dirty_off()
         {

@@ -123,17 +123,23 @@ pub fn estimate(sample: &Sample, rate: f64, policy: Policy) -> Estimate {
         Policy::Stock => STOCK_PASSES_MAX,
         Policy::ByTime(limits) => limits.passes,
     };
+    // What the guest is left of its processors, and so of what it writes, in percent.
+    let mut left_to_it = 100;
     let mut passes = 0;
     loop {
         passes += 1;
         let took = sending(sent);
         (elapsed, bytes) = (elapsed.saturating_add(took), bytes.saturating_add(sent));
-        let left = bytes_of(sample.pages_in(took));
+        let left = bytes_of(sample.pages_in(took).saturating_mul(left_to_it) / 100);
         let reading = sample.reading;
         let decision = precopy.decide(passes, &Seen { left, sent, took, reading, elapsed });
         let (pause, gives_up) = match decision {
             Decision::Continue if passes <= passes_max => {
                 sent = left;
+                continue;
+            }
+            Decision::Throttle(percent) => {
+                (sent, left_to_it) = (left, percent.into());
                 continue;
             }
             Decision::Stop(Some(pause)) => (pause, false),

@@ -5,7 +5,8 @@
 //!   Begin ─► QemuLogDirty(on)? ─► WriteHead            Begin ─► WriteHead ─► Suspend ─► SendPass
 //!         ─► LogDirtyOn ─► SendPass 0 (all)                                  (all, last) ─► tail
 //!         ┌► ReadDirty ─┬─ enough ──► Suspend ─► ReadDirty(last) ─► SendPass(last) ─► tail
-//!         └─ SendPass n ◄─ not yet
+//!         └─ SendPass n ◄┬─ not yet
+//!                        └─ Throttle ◄─ never, at this speed
 //!   tail: [WriteVerify ─► SendPass(all) | SendDigests] ─► WriteTail ─► Cleanup ─► Done
 //!   any failure or abort ─► Cleanup ─► Failed
 //! ```
@@ -41,6 +42,11 @@ pub enum Action {
     ReadDirty {
         /// The guest is suspended.
         last: bool,
+    },
+    /// Leave the guest so much of its processors, until it is suspended → [`Event::Done`].
+    Throttle {
+        /// Percent.
+        percent: u8,
     },
     /// Have the guest suspended → [`Event::Done`].
     Suspend {
@@ -127,6 +133,7 @@ enum State {
     LogDirty,
     LivePass { passes: u32 },
     Reading { passes: u32 },
+    Throttling { passes: u32 },
     Suspending { passes: u32 },
     GivingUp,
     ReadingLast { passes: u32 },
@@ -147,6 +154,7 @@ impl State {
             State::LogDirty => "switching log-dirty on",
             State::LivePass { .. } => "in a live pass",
             State::Reading { .. } => "reading dirty bits",
+            State::Throttling { .. } => "slowing the guest",
             State::Suspending { .. } => "suspending",
             State::GivingUp => "giving up",
             State::ReadingLast { .. } => "reading the last dirty bits",
@@ -221,16 +229,17 @@ impl Machine {
             }
             (State::Reading { passes }, Event::Dirty(seen)) => {
                 match self.precopy.decide(passes, &seen) {
-                    Decision::Continue => (
-                        State::LivePass { passes: passes + 1 },
-                        Action::SendPass { pass: passes, set: PageSet::Pending, last: false },
-                    ),
+                    Decision::Continue => next_pass(passes),
+                    Decision::Throttle(percent) => {
+                        (State::Throttling { passes }, Action::Throttle { percent })
+                    }
                     Decision::Stop(expected) => {
                         (State::Suspending { passes }, Action::Suspend { expected })
                     }
                     Decision::Cancel(pause) => (State::GivingUp, Action::GiveUp { pause }),
                 }
             }
+            (State::Throttling { passes }, Event::Done) => next_pass(passes),
             (State::Suspending { passes }, Event::Done) if self.live => {
                 (State::ReadingLast { passes }, Action::ReadDirty { last: true })
             }
@@ -268,6 +277,12 @@ impl Machine {
     fn misfit(&self, event: Event) -> Error {
         Error::Machine { state: self.state.name(), event: event.name() }
     }
+}
+
+/// One more pass over what is dirty, after `passes`.
+fn next_pass(passes: u32) -> (State, Action) {
+    let action = Action::SendPass { pass: passes, set: PageSet::Pending, last: false };
+    (State::LivePass { passes: passes + 1 }, action)
 }
 
 #[cfg(test)]

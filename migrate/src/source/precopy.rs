@@ -25,6 +25,10 @@ const NEGLIGIBLE: u32 = 4;
 /// takes to begin and to end.
 const BELIEVED_BYTES_MIN: u64 = 4 << 20;
 
+/// How much of its processors a guest is left, in percent, one step after the other, where it
+/// writes too fast and may be slowed. Slower than the last it would hardly run.
+const THROTTLE_STEPS: [u8; 4] = [60, 35, 20, 10];
+
 /// What to do when the pause will be too long however many passes there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum AtLimit {
@@ -48,6 +52,8 @@ pub struct Limits {
     pub passes: u32,
     /// If the pause is too long when one of the other two is reached.
     pub at_limit: AtLimit,
+    /// Whether a guest that writes too fast may be slowed before that.
+    pub throttle: bool,
 }
 
 impl Default for Limits {
@@ -58,6 +64,7 @@ impl Default for Limits {
             time: None,
             passes: 30,
             at_limit: AtLimit::Force,
+            throttle: false,
         }
     }
 }
@@ -98,6 +105,8 @@ pub struct Seen {
 pub enum Decision {
     /// Send the dirty pages while the guest runs.
     Continue,
+    /// The same, but leave the guest so many percent of its processors from now on.
+    Throttle(u8),
     /// Suspend the guest and send them then; how long the pause is expected to be, where the
     /// policy goes by it.
     Stop(Option<Duration>),
@@ -118,13 +127,16 @@ pub struct Precopy {
     /// The pause if the guest were suspended after the latest pass; `None`: the policy does not go
     /// by it, or there was none.
     expected: Option<Duration>,
+    /// Steps of [`THROTTLE_STEPS`] that have been taken.
+    throttled: usize,
 }
 
 impl Precopy {
     /// Nothing has been seen.
     #[must_use]
     pub fn new(policy: Policy) -> Precopy {
-        Precopy { policy, rate: None, least: u64::MAX, without_gain: 0, expected: None }
+        let (rate, least, expected) = (None, u64::MAX, None);
+        Precopy { policy, rate, least, without_gain: 0, throttled: 0, expected }
     }
 
     /// What to do after the live pass number `passes` (the first is 1), which has shown `seen`.
@@ -156,10 +168,19 @@ impl Precopy {
         if pause <= limits.pause {
             return Decision::Stop(Some(pause));
         }
-        let late = limits.time.is_some_and(|time| seen.elapsed >= time);
-        let futile = self.without_gain >= PASSES_WITHOUT_GAIN_MAX
-            || sending.saturating_mul(NEGLIGIBLE) <= besides;
-        match (late || futile || passes >= limits.passes, limits.at_limit) {
+        let late = limits.time.is_some_and(|time| seen.elapsed >= time) || passes >= limits.passes;
+        let negligible = sending.saturating_mul(NEGLIGIBLE) <= besides;
+        let stuck = self.without_gain >= PASSES_WITHOUT_GAIN_MAX;
+        if stuck
+            && limits.throttle
+            && !(late || negligible)
+            && let Some(percent) = THROTTLE_STEPS.get(self.throttled)
+        {
+            self.throttled += 1;
+            self.without_gain = 0;
+            return Decision::Throttle(*percent);
+        }
+        match (late || negligible || stuck, limits.at_limit) {
             (false, _) => Decision::Continue,
             (true, AtLimit::Force) => Decision::Stop(Some(pause)),
             (true, AtLimit::Cancel) => Decision::Cancel(pause),
@@ -213,7 +234,7 @@ mod tests {
             let left = (sent * write / rate).min(set * MIB);
             let seen = Seen { left, sent, took, elapsed, ..Seen::default() };
             match precopy.decide(passes, &seen) {
-                Decision::Continue => sent = left,
+                Decision::Continue | Decision::Throttle(_) => sent = left,
                 end => return (passes, end),
             }
         }
@@ -257,6 +278,34 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_may_be_slowed_is_in_steps_and_only_if_that_helps() {
+        let limits = Limits { throttle: true, ..limits(AtLimit::Cancel) };
+        let mut precopy = Precopy::new(Policy::ByTime(limits));
+        // It rewrites 256 MiB as fast as they go out, until it has a fifth of its processors.
+        let (mut percent, mut steps) = (100, Vec::new());
+        let end = (1..).find_map(|passes| {
+            let left = if percent > 20 { 256 * MIB } else { MIB };
+            let took = Duration::from_secs(1);
+            let seen = Seen { left, sent: 256 * MIB, took, ..Seen::default() };
+            match precopy.decide(passes, &seen) {
+                Decision::Continue => None,
+                Decision::Throttle(next) => {
+                    percent = next;
+                    steps.push(next);
+                    None
+                }
+                end => Some(end),
+            }
+        });
+        assert_eq!(steps, [60, 35, 20]);
+        assert!(matches!(end, Some(Decision::Stop(Some(_)))), "{end:?}");
+        // The fixed part alone is too long: a slower guest would not change that.
+        let limits = Limits { fixed: Duration::from_secs(9), ..limits };
+        let (passes, end) = moved(Policy::ByTime(limits), 1000, 30, 512);
+        assert!(passes == 1 && matches!(end, Decision::Cancel(_)), "{end:?}");
+    }
+
+    #[test]
     fn where_the_fixed_part_is_too_long_already_memory_is_not_sent_in_vain() {
         for at_limit in [AtLimit::Force, AtLimit::Cancel] {
             let limits = Limits { fixed: Duration::from_millis(400), ..limits(at_limit) };
@@ -289,9 +338,10 @@ mod tests {
         #[test]
         fn there_is_an_end_and_a_pause_that_was_promised_is_within_the_limit(
             rate in 1_u64..10_000, write in 0_u64..10_000, set in 0_u64..1024,
-            cancel: bool,
+            cancel: bool, throttle: bool,
         ) {
-            let limits = limits(if cancel { AtLimit::Cancel } else { AtLimit::Force });
+            let at_limit = if cancel { AtLimit::Cancel } else { AtLimit::Force };
+            let limits = Limits { throttle, ..limits(at_limit) };
             let (passes, end) = moved(Policy::ByTime(limits), rate, write, set);
             prop_assert!((1..=limits.passes).contains(&passes));
             if cancel && matches!(end, Decision::Stop(_)) {

@@ -5,7 +5,7 @@
 //! the end of the pipe between them:
 //!
 //! - at the source, or where the guest is saved, it waits until the guest has suspended, if it was
-//!   asked to, and resumes it under its own name and without log-dirty ([`keep`]);
+//!   asked to, and resumes it under its own name, without log-dirty, at its own speed ([`keep`]);
 //! - at the target it destroys the copy that has the name of [`super::incoming_name`] ([`clear`]).
 //!
 //! The first it also does for an owner that has ended and left the guest running, where the guest
@@ -56,6 +56,8 @@ pub trait Keeper {
     fn wait(&mut self) -> bool;
     /// Switches log-dirty off: a save helper that was killed has left it on.
     fn log_dirty_off(&mut self);
+    /// Gives the domain the processor time back that it had, if it was to be slowed.
+    fn speed_up(&mut self);
     /// Gives the domain its own name back, if it has that of [`super::away_name`].
     ///
     /// # Errors
@@ -96,6 +98,7 @@ pub fn keep<K: Keeper>(host: &mut K) -> Result<(), K::Error> {
         }
     };
     host.log_dirty_off();
+    host.speed_up();
     if !suspended? {
         return Ok(());
     }
@@ -141,6 +144,10 @@ mod tests {
             self.done.push("log-dirty off");
         }
 
+        fn speed_up(&mut self) {
+            self.done.push("speed up");
+        }
+
         fn restore_name(&mut self) -> Result<(), &'static str> {
             if self.name_fails { Err("the name is taken") } else { Ok(()) }
         }
@@ -156,17 +163,17 @@ mod tests {
         let suspended = vec![Ok(true), Err("nobody knows"), Ok(false)];
         let mut host = Host { suspended, name_fails: true, done: Vec::new() };
         assert_eq!(keep(&mut host), Err("the name is taken"));
-        assert_eq!(host.done, ["log-dirty off", "resume"]);
+        assert_eq!(host.done, ["log-dirty off", "speed up", "resume"]);
     }
 
     #[test]
     fn a_guest_that_never_suspends_runs_on_without_log_dirty() {
         let mut host = Host { suspended: vec![Ok(false); 3], ..Host::default() };
         assert_eq!(keep(&mut host), Ok(()));
-        assert_eq!(host.done, ["log-dirty off"]);
+        assert_eq!(host.done, ["log-dirty off", "speed up"]);
         let mut host = Host { suspended: vec![Err("nobody knows"); 2], ..Host::default() };
         assert_eq!(keep(&mut host), Err("nobody knows"));
-        assert_eq!(host.done, ["log-dirty off"]);
+        assert_eq!(host.done, ["log-dirty off", "speed up"]);
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub trait Leaving {
     fn save(&mut self) -> bool;
     /// Switches log-dirty off: a save helper that was killed has left it on.
     fn log_dirty_off(&mut self);
+    /// Gives the domain the processor time back that it had: a save helper that was killed while it
+    /// slowed it has not.
+    fn speed_up(&mut self);
     /// Whether the domain is suspended; `None` where nobody can say.
     fn is_suspended(&mut self) -> Option<bool>;
     /// The guard may no longer do anything.
@@ -51,7 +54,9 @@ pub(super) fn write<L: Leaving>(side: &mut L) -> Written {
     if side.gate().is_cancelled() {
         return Written::Cancelled;
     }
-    if side.save() {
+    let saved = side.save();
+    side.speed_up();
+    if saved {
         return Written::Done;
     }
     side.log_dirty_off();

@@ -160,6 +160,8 @@ mod tests {
             self.step("log-dirty off");
         }
 
+        fn speed_up(&mut self) {}
+
         fn is_suspended(&mut self) -> Option<bool> {
             Some(self.suspended)
         }

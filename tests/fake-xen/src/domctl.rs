@@ -6,8 +6,8 @@ use rustix::io::Errno;
 use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::fake::{FakeDomain, VcpuPart};
 use rxl_migrate::hypervisor::{
-    CpuPolicy, Domain, DomainInfo, HvResult, PolicyError, SourceDomain, TargetDomain, TscInfo,
-    VcpuState,
+    CpuCap, CpuPolicy, Domain, DomainInfo, HvResult, PolicyError, SourceDomain, TargetDomain,
+    TscInfo, VcpuState,
 };
 use rxl_migrate::x86::pv::VCPU_CONTEXT_BYTES;
 use rxl_xen_sys::abi;
@@ -81,6 +81,7 @@ impl Call<'_> {
             abi::XEN_DOMCTL_set_vcpu_msrs => self.set_msrs(arg),
             abi::XEN_DOMCTL_gethvmcontext => self.get_hvm_context(arg),
             abi::XEN_DOMCTL_sethvmcontext => self.set_hvm_context(arg),
+            abi::XEN_DOMCTL_scheduler_op => self.scheduler_op(arg),
             abi::XEN_DOMCTL_gettscinfo => self.get_tsc(arg),
             abi::XEN_DOMCTL_settscinfo => self.set_tsc(arg),
             abi::XEN_DOMCTL_get_cpu_policy => self.get_policy(arg),
@@ -106,6 +107,23 @@ impl Call<'_> {
         arg.put_u32(offset_of!(Info, nr_online_vcpus), info.max_vcpu_id + 1);
         arg.put_u32(offset_of!(Info, max_vcpu_id), info.max_vcpu_id);
         Ok(())
+    }
+
+    /// The domain is under credit2, Xen's default.
+    fn scheduler_op(&self, arg: &mut Block) -> Hypercall<()> {
+        type Op = abi::xen_domctl_scheduler_op;
+        let cap = offset_of!(Op, u) + offset_of!(abi::xen_domctl_sched_credit2, cap);
+        if arg.u32(offset_of!(Op, sched_id)) != abi::XEN_SCHEDULER_CREDIT2 {
+            return Err(Errno::INVAL);
+        }
+        match arg.u32(offset_of!(Op, cmd)) {
+            abi::XEN_DOMCTL_SCHEDOP_getinfo => {
+                arg.put(cap, &done(self.domain.cpu_cap())?.0.to_ne_bytes());
+                Ok(())
+            }
+            abi::XEN_DOMCTL_SCHEDOP_putinfo => done(self.domain.set_cpu_cap(CpuCap(arg.u16(cap)))),
+            op => unknown(self.client, format!("XEN_DOMCTL_scheduler_op {op}")),
+        }
     }
 
     fn shadow_op(&self, arg: &mut Block) -> Hypercall<()> {

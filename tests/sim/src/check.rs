@@ -5,6 +5,7 @@
 //! that nobody can know; a copy's memory is the guest's as it was suspended (checked where a copy
 //! is put to use); nothing is left behind.
 
+use rxl_migrate::hypervisor::SourceDomain;
 use rxl_migrate::xl::handshake::{ReceiverCause, ReceiverEnd, SenderEnd};
 use rxl_migrate::xl::{away_name, incoming_name};
 
@@ -74,10 +75,13 @@ fn check_leftovers(world: &mut World, copies: &Copies, found: &mut Vec<String>) 
     let guest = world.machine(Side::Source).guest().clone();
     let excused = world.facts.is_down(Side::Source)
         || world.plan.malicious == Some(Side::Source)
-        || both == [true; 2] && !guarded
-        || device_model;
-    if copies.source.is_some() && guest.is_logging() && !excused {
+        || both == [true; 2] && !guarded;
+    if copies.source.is_some() && guest.is_logging() && !excused && !device_model {
         found.push("log-dirty is still on".into());
+    }
+    let cap = world.plan.cpu_cap;
+    if copies.source.is_some() && !excused && guest.cpu_cap().is_ok_and(|now| now != cap) {
+        found.push("the guest is slow still".into());
     }
     if !world.facts.is_down(Side::Target) {
         let go = world.facts.go_tried || world.facts.go_heard;

@@ -10,7 +10,7 @@ use rxl_migrate::fake::{FakeDomain, FakePages, fill_pages, put_pages};
 use rxl_migrate::frame::{DomId, PageType, Pfn};
 use rxl_migrate::helper::{Callbacks, EventSink, HelperChannel};
 use rxl_migrate::hypervisor::{
-    Access, CpuPolicy, Domain, DomainInfo, HvResult, PagePiece, PageSlot, PolicyError,
+    Access, CpuCap, CpuPolicy, Domain, DomainInfo, HvResult, PagePiece, PageSlot, PolicyError,
     SourceDomain, StreamIn, StreamOut, TargetDomain, TscInfo, VcpuState,
 };
 use rxl_migrate::report::Event;
@@ -310,6 +310,15 @@ impl SourceDomain for Stepped<'_, '_> {
         let mut lost = PageBitmap::new(bitmap.len());
         let loses = self.plant == Some(Plant::DirtyBitsLost) && last;
         self.then().log_dirty_clean(if loses { &mut lost } else { bitmap }, last)
+    }
+
+    fn cpu_cap(&self) -> HvResult<CpuCap> {
+        self.then().cpu_cap()
+    }
+
+    fn set_cpu_cap(&self, cap: CpuCap) -> HvResult<()> {
+        self.process.world().facts.coverage.count("policy: a guest that is slowed");
+        self.then().set_cpu_cap(cap)
     }
 
     fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {

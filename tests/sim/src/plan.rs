@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rxl_migrate::fake::{FakeDomain, Host, HvmSpec, P2mKind, PvSpec, Rng};
-use rxl_migrate::hypervisor::Domain;
+use rxl_migrate::hypervisor::{CpuCap, Domain, SourceDomain};
 use rxl_migrate::source::Verify;
 use rxl_migrate::source::precopy::{AtLimit, Limits, Policy};
 use serde_json::json;
@@ -122,6 +122,8 @@ pub(crate) struct Plan {
     pub(crate) verify: Verify,
     /// When the guest is suspended.
     pub(crate) policy: Policy,
+    /// How much processor time it may have.
+    pub(crate) cpu_cap: CpuCap,
     pub(crate) stays_paused: bool,
     pub(crate) pipe_bytes: usize,
     latency: u64,
@@ -152,7 +154,7 @@ pub(crate) struct Plan {
     link_faults: bool,
 }
 
-const SOURCE_CALLS: [&str; 14] = [
+const SOURCE_CALLS: [&str; 16] = [
     "info",
     "maximum_gpfn",
     "address_bits",
@@ -161,6 +163,8 @@ const SOURCE_CALLS: [&str; 14] = [
     "log_dirty_on",
     "log_dirty_clean",
     "page_types",
+    "cpu_cap",
+    "set_cpu_cap",
     "tsc_info",
     "cpu_policy",
     "hvm_param",
@@ -232,6 +236,7 @@ fn policy(seed: u64) -> Policy {
         time: seed.is_multiple_of(5).then(|| milliseconds(1_000)),
         passes: 8,
         at_limit: if seed.is_multiple_of(11) { AtLimit::Cancel } else { AtLimit::Force },
+        throttle: seed / 3 % 2 == 0,
     };
     match seed % 3 {
         0 => Policy::Stock,
@@ -273,6 +278,7 @@ impl Plan {
             device_model: kind == Kind::Hvm,
             verify: verify(&mut dice, plant),
             policy: policy(seed),
+            cpu_cap: CpuCap(dice.one_of(&[0, 0, 50, 130])),
             stays_paused: dice.0.one_in(8),
             pipe_bytes: dice.one_of(&[512, 4096, 65_536]),
             latency: dice.one_of(&[0, 1, 20, 300]),
@@ -414,6 +420,7 @@ impl Plan {
         let source = Host::new(self.pages + 60, seed);
         let guest = self.build(&source);
         source.run_guests(self.run_every);
+        guest.set_cpu_cap(self.cpu_cap).expect("a domain that has just been made");
         if self.plant == Some(Plant::StaleMapping) {
             source.map_stale();
         }

@@ -38,6 +38,8 @@ pub enum Plant {
     DirtyBitsLost,
     /// Log-dirty is not switched off at the end.
     LogDirtyStaysOn,
+    /// A guest that was slowed stays slow.
+    SlowForEver,
     /// A second migration does not care whether the first is over.
     LockIgnored,
     /// A mapping of guest memory outlives its process.
@@ -72,7 +74,7 @@ pub enum Plant {
 }
 
 /// All that the checkers find.
-pub const PLANTS: [Plant; 25] = [
+pub const PLANTS: [Plant; 26] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -84,6 +86,7 @@ pub const PLANTS: [Plant; 25] = [
     Plant::PassesOverlap,
     Plant::DirtyBitsLost,
     Plant::LogDirtyStaysOn,
+    Plant::SlowForEver,
     Plant::LockIgnored,
     Plant::MappingLeaks,
     Plant::StaleMapping,

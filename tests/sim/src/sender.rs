@@ -153,6 +153,11 @@ impl guard::Keeper for Keeper<'_, '_> {
         log_dirty_off(self.process);
     }
 
+    fn speed_up(&mut self) {
+        self.process.step();
+        speed_up(self.process);
+    }
+
     fn restore_name(&mut self) -> Result<(), u8> {
         self.process.step();
         let away = away_name(NAME);
@@ -184,6 +189,15 @@ fn is_suspended(process: &Process<'_>, id: DomId) -> Result<bool, u8> {
 fn log_dirty_off(process: &Process<'_>) {
     let guest = process.world().machine(Side::Source).guest().clone();
     let _ = guest.log_dirty_off();
+}
+
+/// What it had before, as rxl reads it when it begins.
+fn speed_up(process: &Process<'_>) {
+    let (plant, cap) = (process.world().plan.plant, process.world().plan.cpu_cap);
+    if plant != Some(Plant::SlowForEver) {
+        let guest = process.world().machine(Side::Source).guest().clone();
+        let _ = guest.set_cpu_cap(cap);
+    }
 }
 
 /// The sender.
@@ -328,6 +342,11 @@ impl Leaving for Departure<'_, '_> {
     fn log_dirty_off(&mut self) {
         self.process.step();
         log_dirty_off(self.process);
+    }
+
+    fn speed_up(&mut self) {
+        self.process.step();
+        speed_up(self.process);
     }
 
     fn is_suspended(&mut self) -> Option<bool> {

@@ -36,7 +36,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rxl_migrate::frame::DomId;
-use rxl_migrate::hypervisor::SourceDomain;
+use rxl_migrate::hypervisor::{CpuCap, SourceDomain};
 use rxl_migrate::xl::movable::Facts;
 use rxl_xen_sys::{libxl as xl, stable};
 
@@ -217,6 +217,27 @@ impl Lifecycle for Libxl {
         let off = LiveDomain::open(domain).and_then(|live| live.log_dirty_off());
         off.map_err(|error| {
             let what = format!("switching log-dirty of domain {domain} off ({})", error.source);
+            LifecycleError { what, rc: xl::ERROR_FAIL }
+        })
+    }
+
+    fn cpu_cap(&self, domain: DomId) -> Result<CpuCap> {
+        let cap = LiveDomain::open(domain).and_then(|live| live.cpu_cap());
+        cap.map_err(|error| {
+            let why = error.source;
+            let what = format!("asking the scheduler for the limit of domain {domain} ({why})");
+            LifecycleError { what, rc: xl::ERROR_FAIL }
+        })
+    }
+
+    fn set_cpu_cap(&self, domain: DomId, cap: CpuCap) -> Result<()> {
+        let set = LiveDomain::open(domain).and_then(|live| live.set_cpu_cap(cap));
+        set.map_err(|error| {
+            let (cap, why) = (cap.0, error.source);
+            let what = format!(
+                "giving domain {domain} its processors back ({why}; xl sched-credit2 -d {domain} \
+                 -c {cap})"
+            );
             LifecycleError { what, rc: xl::ERROR_FAIL }
         })
     }

@@ -1,8 +1,8 @@
-//! What the sender asks of its domain: log-dirty, page types, state.
+//! What the sender asks of its domain: log-dirty, page types, state, the scheduler's limit.
 //!
 //! # Safety
-//! `unsafe` is for hypercalls whose argument points to a buffer; each says why the buffer is
-//! large enough.
+//! `unsafe` is for hypercalls whose argument can point to a buffer; each says why the buffer is
+//! large enough. And for the argument's union.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rxl_migrate::bitmap::PageBitmap;
 use rxl_migrate::frame::PageType;
 use rxl_migrate::hypervisor::{
-    BATCH_PAGES_MAX, CpuPolicy, HvError, HvResult, SourceDomain, TscInfo, VcpuState,
+    BATCH_PAGES_MAX, CpuCap, CpuPolicy, HvError, HvResult, SourceDomain, TscInfo, VcpuState,
 };
 use rxl_migrate::xl::movable::{Facts, Unmovable};
 use rxl_xen_sys::abi;
@@ -47,6 +47,31 @@ impl LiveDomain {
             }
             _ => error,
         }
+    }
+}
+
+/// The schedulers that can limit a domain's processor time, Xen's default first.
+const SCHEDULERS: [u32; 2] = [abi::XEN_SCHEDULER_CREDIT2, abi::XEN_SCHEDULER_CREDIT];
+
+impl LiveDomain {
+    /// Has the scheduler that the domain is under do `command`: with `cap`, or what comes back.
+    fn scheduler_op(&self, (name, command): (&'static str, u32), cap: u16) -> HvResult<u16> {
+        let mut refused = hv(name, Errno::INVAL);
+        for scheduler in SCHEDULERS {
+            let mut argument = abi::xen_domctl_scheduler_op::default();
+            (argument.sched_id, argument.cmd) = (scheduler, command);
+            // Both schedulers have the same two numbers; a weight of 0 changes none.
+            argument.u.credit2 = abi::xen_domctl_sched_credit2 { weight: 0, cap };
+            let op = (name, abi::XEN_DOMCTL_scheduler_op);
+            // SAFETY: these commands take no address.
+            match unsafe { self.xen.domctl_with_pointer(op, self.domid, &mut argument) } {
+                // SAFETY: it was written above, and all bytes are values of it.
+                Ok(()) => return Ok(unsafe { argument.u.credit2.cap }),
+                // The domain is under another.
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
     }
 }
 
@@ -158,6 +183,14 @@ impl SourceDomain for LiveDomain {
 
     fn vcpu(&self, id: u32) -> HvResult<Option<VcpuState>> {
         vcpu::get(&self.xen, self.domid, id)
+    }
+
+    fn cpu_cap(&self) -> HvResult<CpuCap> {
+        self.scheduler_op(op!(XEN_DOMCTL_SCHEDOP_getinfo), 0).map(CpuCap)
+    }
+
+    fn set_cpu_cap(&self, CpuCap(cap): CpuCap) -> HvResult<()> {
+        self.scheduler_op(op!(XEN_DOMCTL_SCHEDOP_putinfo), cap).map(drop)
     }
 
     fn leave_mapped(&self) {

@@ -71,7 +71,8 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs, screen: &Screen) -> any
     // Nothing is ever committed.
     let _signals =
         SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), String::new())?;
-    let ward = Ward::Leaving { domid: guest.domid, name: &guest.name, draft: None, to: None };
+    let ward =
+        Ward::Leaving { domid: guest.domid, name: &guest.name, draft: None, to: None, cap: None };
     let _guard = Guard::start(ward, &guest.lock, screen);
     let time = Duration::from_secs(args.sample);
     screen.line(&format!("rxl: looking at what {} writes, for {} s", guest.name, args.sample));

@@ -97,7 +97,10 @@ fn depart(
     let too_late = too_late(&guest.name, &args.host);
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
     let Guest { name, domid, .. } = guest;
-    let ward = Ward::Leaving { domid: *domid, name, draft: None, to: Some(&args.host) };
+    // Before it is slowed, to give it back whatever happens.
+    let cap = args.policy.throttles().then(|| host.cpu_cap(*domid)).transpose();
+    let cap = cap.context("--throttle cannot be had here")?;
+    let ward = Ward::Leaving { domid: *domid, name, draft: None, to: Some(&args.host), cap };
     let guard = Guard::start(ward, &guest.lock, screen);
     let (transport, input, output) = Transport::start(&rune.command())?;
     // To the save helper, not to the transport, which may stay.
@@ -114,6 +117,7 @@ fn depart(
         channel: Channel::new(input, output, gate.clone()),
         gate: &gate,
         guard,
+        cap,
         screen,
         timeline,
         events: Some(writer),

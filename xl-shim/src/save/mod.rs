@@ -90,7 +90,7 @@ fn save(
     let gate = Arc::new(Gate::new()?);
     let too_late = format!("rxl: too late to cancel: {name} is saved");
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
-    let ward = Ward::Leaving { domid: *domid, name, draft: file.draft(), to: None };
+    let ward = Ward::Leaving { domid: *domid, name, draft: file.draft(), to: None, cap: None };
     let guard = Guard::start(ward, &guest.lock, screen);
     guest.lock.pass_on().context("passing on the domain's lock")?;
     let bar = Progress::of_sender() == Progress::Bar;
@@ -104,6 +104,7 @@ fn save(
         channel: Channel::to_file(file.writer()?, gate.clone())?,
         gate: &gate,
         guard,
+        cap: None,
         screen,
         timeline,
         events: Some(writer),
