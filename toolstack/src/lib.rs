@@ -5,7 +5,7 @@
 //! move a stream, is `rxl`; [`abort`] is how it is stopped, [`inherit`] how it is handed more
 //! than libxl's arguments. [`senders`] and [`receivers`] are the workers that it starts itself at
 //! either end ([`worker`]), [`doorman`] is where connections between them come in, [`tls`] encrypts
-//! them. The only `unsafe` outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules
+//! them; [`secure`] is a channel between the two ends without ssh. The only `unsafe` outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules
 //! that allow it by name and say why.
 #![deny(unsafe_code)]
 
@@ -16,6 +16,7 @@ pub mod libxl;
 pub mod lifecycle;
 mod messages;
 pub mod receivers;
+pub mod secure;
 pub mod senders;
 pub mod tls;
 pub mod worker;

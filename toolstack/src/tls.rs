@@ -58,7 +58,7 @@ impl Identity {
 }
 
 /// An encrypted connection.
-pub(crate) struct Tls {
+pub struct Tls {
     connection: Connection,
     socket: OwnedFd,
 }
@@ -108,7 +108,8 @@ impl Tls {
         Tls::over(socket, connection.into())
     }
 
-    fn over(socket: OwnedFd, mut connection: Connection) -> io::Result<Tls> {
+    /// One that has been set up elsewhere.
+    pub(crate) fn over(socket: OwnedFd, mut connection: Connection) -> io::Result<Tls> {
         // Whoever puts something flushes it before the next.
         connection.set_buffer_limit(None);
         rustix::io::ioctl_fionbio(&socket, true)?;
@@ -136,6 +137,19 @@ impl Tls {
             }
         }
         Ok(())
+    }
+
+    /// Sends so much of what there is to send as the connection takes now.
+    pub(crate) fn flush_now(&mut self) -> io::Result<()> {
+        match self.flush() {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Nothing more will be put: the peer is told, behind all that was.
+    pub(crate) fn say_goodbye(&mut self) {
+        self.connection.send_close_notify();
     }
 
     /// Whether the two ends have not agreed on keys yet.

@@ -18,6 +18,8 @@ use rxl_toolstack::xc::MapperWanted;
 
 use crate::defaults;
 use crate::policy::PolicyArgs;
+use crate::receive::Place;
+use crate::tls::Target;
 use crate::ways::{self, LinksWanted, Ways, WorkersWanted};
 use crate::words::{self, Message};
 
@@ -134,6 +136,16 @@ meanwhile; 2 wrong usage.")]
         /// Number
         domid: u16,
     },
+    /// Move bytes between standard input and output and a receiver that is reached by TLS (run by
+    /// migrate)
+    #[command(name = "tls-connect", hide = true)]
+    TlsConnect {
+        /// The receiver
+        #[arg(value_name = "HOST[:PORT]")]
+        target: Target,
+        #[command(flatten)]
+        files: TlsArgs,
+    },
     /// Put things right if the rxl it belongs to is killed (run by migrate, migrate-receive, save
     /// and restore)
     #[command(name = "domain-guard", hide = true)]
@@ -178,6 +190,28 @@ pub(crate) struct DivertArgs {
     pub(crate) refresh: bool,
 }
 
+/// Files for TLS.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct TlsArgs {
+    /// This host's certificate in PEM format, for TLS [not in xl]
+    #[arg(long, value_name = "FILE", default_value = "/etc/rxl/tls/cert.pem")]
+    pub(crate) tls_cert: PathBuf,
+    /// Its key, which nobody else may be able to read [not in xl]
+    #[arg(long, value_name = "FILE", default_value = "/etc/rxl/tls/key.pem")]
+    pub(crate) tls_key: PathBuf,
+    /// Who has to have signed the other end's certificate [not in xl]
+    #[arg(long, value_name = "FILE", default_value = "/etc/rxl/tls/ca.pem")]
+    pub(crate) tls_peer_ca: PathBuf,
+}
+
+impl Default for TlsArgs {
+    fn default() -> TlsArgs {
+        let file = |name| PathBuf::from("/etc/rxl/tls").join(name);
+        let (tls_cert, tls_key) = (file("cert.pem"), file("key.pem"));
+        TlsArgs { tls_cert, tls_key, tls_peer_ca: file("ca.pem") }
+    }
+}
+
 /// Options of `migrate`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
@@ -189,9 +223,16 @@ pub(crate) struct MigrateArgs {
     /// Domain: name or number
     #[arg(value_name = "DOM")]
     pub(crate) domain: String,
-    /// Target host; with an empty `-s`, the whole shell command that reaches a receiver
+    /// Target host; with an empty `-s`, the whole shell command that reaches a receiver; with --tls
+    /// HOST, HOST:PORT or [IPV6-ADDRESS]:PORT
     #[arg(value_name = "HOST")]
     pub(crate) host: String,
+    /// Reach the target by TLS instead of ssh: there, `rxl migrate-receive --listen` has to run, and
+    /// says what ssh's options -e and -p would [not in xl]
+    #[arg(long, conflicts_with_all = ["ssh", "receiver", "no_monitor", "foreground", "paused"])]
+    pub(crate) tls: bool,
+    #[command(flatten)]
+    pub(crate) tls_files: TlsArgs,
     /// Command that runs a program on the target
     #[arg(short = 's', value_name = "SSH", default_value = "ssh")]
     pub(crate) ssh: String,
@@ -313,6 +354,15 @@ pub(crate) struct ReceiveArgs {
     /// Leave the domain paused
     #[arg(short = 'p')]
     pub(crate) paused: bool,
+    /// Wait for `rxl migrate --tls` on this port instead of standard input: PORT, ADDRESS:PORT or
+    /// [IPV6-ADDRESS]:PORT; ends after one domain [not in xl]
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub(crate) listen: Option<Place>,
+    /// Go on listening [not in xl]
+    #[arg(long, requires = "listen")]
+    pub(crate) forever: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
 }
 
 /// The name of a file that means standard input or output.

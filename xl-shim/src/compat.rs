@@ -98,6 +98,12 @@ const OPTIONS: &[Opt] = options! {
             "--sample": "for how long it looks",
             "--rate": "how fast memory would go",
         }
+        Own "without ssh, where `rxl migrate-receive --listen` runs ([TLS](docs/tls.md))" {
+            "--tls": "reach the target by TLS",
+            "--tls-cert": "this host's certificate",
+            "--tls-key": "its key",
+            "--tls-peer-ca": "who has to have signed the target's certificate",
+        }
         Own "memory over several connections, where both ends are rxl ([links](docs/links.md)); \
              the target must reach the source's addresses, else all goes through ssh" {
             "--streams": "how many connections",
@@ -121,6 +127,13 @@ const OPTIONS: &[Opt] = options! {
             "-e": "no monitoring process",
             "-d": "print the configuration",
             "-p": "leave the domain paused",
+        }
+        Own "for `rxl migrate --tls` ([TLS](docs/tls.md))" {
+            "--listen": "wait on this port instead of standard input",
+            "--forever": "go on listening",
+            "--tls-cert": "this host's certificate",
+            "--tls-key": "its key",
+            "--tls-peer-ca": "who has to have signed the sender's certificate",
         }
         Differs "the same as `-e`" {
             "-F": "stay in the foreground as the monitoring process",

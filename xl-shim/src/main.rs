@@ -8,7 +8,7 @@
 //! - `rxl status`, `rxl cancel`: what of that goes on, and its end ([`status`]);
 //! - libxl's save helper, which moves the memory ([`save_helper`]);
 //! - `rxl divert`: how stock programs come to use it ([`divert`]);
-//! - processes that those start: [`guard`], [`monitor`];
+//! - processes that those start: [`guard`], [`monitor`], [`tls`];
 //! - every other verb is the real `xl`'s ([`passthrough`]).
 //!
 //! What it is not: it holds no algorithm. What may follow what is decided by
@@ -52,6 +52,7 @@ mod save_helper;
 mod status;
 mod stdio;
 mod timeline;
+mod tls;
 mod transport;
 mod ways;
 mod words;
@@ -132,6 +133,7 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::Status(args) => status::run(args),
         Verb::Cancel { domain } => status::cancel(domain),
         Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
+        Verb::TlsConnect { target, files } => tls::connect(target, files),
         Verb::DomainGuard(ward) => guard::run(globals, ward),
         Verb::Divert(args) => divert::run(args),
         Verb::Completions { shell } => {

@@ -23,6 +23,8 @@ const GRACE: Duration = Duration::from_secs(2);
 /// What runs at the target and how it is reached.
 #[derive(Debug)]
 pub(crate) struct Rune<'a> {
+    /// The command that reaches it by TLS, if that is wanted.
+    pub(crate) tls: Option<String>,
     /// `-s`: the command before the host; empty: `host` is a whole shell command.
     pub(crate) ssh: &'a str,
     /// As given.
@@ -40,6 +42,9 @@ pub(crate) struct Rune<'a> {
 impl Rune<'_> {
     /// The shell command.
     pub(crate) fn command(&self) -> String {
+        if let Some(command) = &self.tls {
+            return command.clone();
+        }
         if self.ssh.is_empty() {
             return self.host.to_owned();
         }
@@ -139,6 +144,9 @@ impl Transport {
 /// What an exit status of the transport means; `None` for success.
 pub(crate) fn explain(status: ExitStatus, rune: &Rune<'_>) -> Option<String> {
     let what = if rune.ssh.is_empty() { "the transport" } else { rune.ssh };
+    if rune.tls.is_some() {
+        return (!status.success()).then(|| format!("the connection to {} failed", rune.host));
+    }
     match (status.code(), status.signal()) {
         (Some(0), _) => None,
         (Some(255), _) if !rune.ssh.is_empty() => Some(format!(
@@ -161,6 +169,7 @@ mod tests {
 
     fn rune<'a>(ssh: &'a str, receiver: Option<&'a str>) -> Rune<'a> {
         Rune {
+            tls: None,
             ssh,
             host: "host2",
             receiver,

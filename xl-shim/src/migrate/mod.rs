@@ -4,6 +4,7 @@ mod conclusion;
 mod driver;
 mod dry_run;
 
+use std::env;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,6 +27,7 @@ use crate::output::{self, Screen};
 use crate::report::{Facts, Outcome, Report, Target};
 use crate::status::{Board, Doing, Runs};
 use crate::timeline::{Mark, Timeline};
+use crate::tls;
 use crate::transport::{self, Rune, Transport};
 
 pub(crate) use conclusion::{Conclusion, by_hand};
@@ -49,11 +51,12 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, true)?;
+    let rune = rune(globals, args)?;
     let domain = (guest.name.as_str(), Some(guest.domid));
     let whither = Target::Host(args.host.clone());
     let runs = Runs::of_this_host();
     timeline.show_on(Board::post(runs, Doing::Migrate, domain, &guest.config, Some(whither)));
-    let departed = depart(&host, &guest, &rune(globals, args), args, pipe, &screen, &mut timeline)?;
+    let departed = depart(&host, &guest, &rune, args, pipe, &screen, &mut timeline)?;
     let Ended { end, details, events } = departed;
     let (domain, target) = (guest.name.as_str(), args.host.as_str());
     let conclusion = Conclusion { guest: domain, target, end, details: &details };
@@ -147,7 +150,7 @@ fn too_late(guest: &str, target: &str) -> String {
 }
 
 /// How the receiver is reached, with the options that `xl` passes on.
-fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> Rune<'a> {
+fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> anyhow::Result<Rune<'a>> {
     let option = |on: bool, text: &'static str| on.then_some(text);
     let verbose = "v".repeat(usize::from(globals.verbose));
     let cr = globals.progress_cr || output::stderr_is_terminal();
@@ -161,12 +164,17 @@ fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> Rune<'a> {
         option(args.debug, "-d"),
         option(args.paused, "-p"),
     ];
-    Rune {
+    let tls = args.tls.then(|| {
+        let program = env::current_exe().context("finding rxl itself")?;
+        tls::command(&program, &args.host, &args.tls_files)
+    });
+    Ok(Rune {
+        tls: tls.transpose()?,
         ssh: &args.ssh,
         host: &args.host,
         receiver: args.receiver.as_deref(),
         rxl_only: args.verify,
         globals: globals.into_iter().flatten().collect(),
         options: options.into_iter().flatten().collect(),
-    }
+    })
 }

@@ -1,6 +1,8 @@
-//! `rxl migrate-receive`: the target's end of a migration, on standard input and output.
+//! `rxl migrate-receive`: the target's end of a migration, on standard input and output, or
+//! ([`listen`]) where it listens.
 
 mod driver;
+mod listen;
 
 use std::sync::Arc;
 
@@ -19,9 +21,13 @@ use crate::stdio;
 use crate::words;
 
 pub(crate) use driver::{Arrival, Helpers, Saved};
+pub(crate) use listen::Place;
 
 /// Receives one domain.
 pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit> {
+    if let Some(place) = args.listen {
+        return listen::run(globals, args, place);
+    }
     let screen = Screen::stderr();
     let (input, output) = stdio::take().context("taking standard input and output")?;
     host::become_save_helper()?;
