@@ -5,8 +5,9 @@
 //! move a stream, is `rxl`; [`abort`] is how it is stopped, [`inherit`] how it is handed more
 //! than libxl's arguments. [`senders`] and [`receivers`] are the workers that it starts itself at
 //! either end ([`worker`]), [`doorman`] is where connections between them come in, [`tls`] encrypts
-//! them; [`secure`] is a channel between the two ends without ssh. The only `unsafe` outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules
-//! that allow it by name and say why.
+//! them; [`secure`] is a channel between the two ends without ssh. The only `unsafe`
+//! outside `xen-sys` is in `xc`, `libxl`, `abort` and `inherit`, in modules that allow it by name
+//! and say why.
 #![deny(unsafe_code)]
 
 pub mod abort;

@@ -227,8 +227,8 @@ pub(crate) struct MigrateArgs {
     /// HOST, HOST:PORT or [IPV6-ADDRESS]:PORT
     #[arg(value_name = "HOST")]
     pub(crate) host: String,
-    /// Reach the target by TLS instead of ssh: there, `rxl migrate-receive --listen` has to run, and
-    /// says what ssh's options -e and -p would [not in xl]
+    /// Reach the target by TLS instead of ssh: there, `rxl migrate-receive --listen` has to run,
+    /// and says what ssh's options -e and -p would [not in xl]
     #[arg(long, conflicts_with_all = ["ssh", "receiver", "no_monitor", "foreground", "paused"])]
     pub(crate) tls: bool,
     #[command(flatten)]

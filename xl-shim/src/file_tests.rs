@@ -78,6 +78,7 @@ impl Place {
             channel: Channel::to_file(file.writer().unwrap(), self.gate.clone()).unwrap(),
             gate: &self.gate,
             guard: Guard::none(),
+            cap: None,
             screen: &screen,
             timeline: &mut timeline,
             events: None,

@@ -110,7 +110,7 @@ pub(super) struct Dom {
     /// The scheduler's limit, in percent of a processor; 0: none.
     pub(super) cpu_cap: u16,
     /// Of the turns that it would have had, those that this has left it, in percent.
-    turns: u64,
+    pub(crate) turns: u64,
 }
 
 impl Dom {

@@ -5,7 +5,8 @@
 //! running guest, [`estimate`] what a migration would take; [`pass`] sends one set of pages,
 //! [`batch`] some of them at a time, with what [`kept`] has mapped; [`pv`] and [`hvm`] know the
 //! guests; [`workers`] are other processes that send batches, `crew` is who of them has which,
-//! `shares` who has sent which pages last; `reduce` leaves out of pages what need not be sent over a link, as far as that pays (`effort`).
+//! `shares` who has sent which pages last; `reduce` leaves out of pages what need not be sent
+//! over a link, as far as that pays (`effort`).
 //!
 //! Not here: the suspend request (libxl's, asked for through `Toolstack::suspend`), the libxl
 //! stream around this one, and what happens to the domain afterwards.

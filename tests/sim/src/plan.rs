@@ -236,7 +236,7 @@ fn policy(seed: u64) -> Policy {
         time: seed.is_multiple_of(5).then(|| milliseconds(1_000)),
         passes: 8,
         at_limit: if seed.is_multiple_of(11) { AtLimit::Cancel } else { AtLimit::Force },
-        throttle: seed / 3 % 2 == 0,
+        throttle: (seed / 3).is_multiple_of(2),
     };
     match seed % 3 {
         0 => Policy::Stock,

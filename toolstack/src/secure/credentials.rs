@@ -42,7 +42,7 @@ pub enum CredentialsError {
         source: pem::Error,
     },
     /// Others than its owner may read the key.
-    #[error("{} can be read by others: chmod 600 it, and make a new key if others did", path.display())]
+    #[error("{} can be read by others: chmod 600, and make a new key if one did", path.display())]
     Open {
         /// Which.
         path: PathBuf,

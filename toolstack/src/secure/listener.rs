@@ -44,7 +44,7 @@ struct Stranger {
 #[derive(Debug)]
 pub enum Visitor {
     /// It is trusted.
-    Welcome(Tls, SocketAddr),
+    Welcome(Box<Tls>, SocketAddr),
     /// It is not, or was too slow.
     Refused(SocketAddr, io::Error),
 }
@@ -94,7 +94,7 @@ impl Listener {
         let mut visitors = self.accept();
         for mut stranger in std::mem::take(&mut self.strangers) {
             match stranger.go_on() {
-                Ok(true) => visitors.push(Visitor::Welcome(stranger.tls, stranger.from)),
+                Ok(true) => visitors.push(Visitor::Welcome(Box::new(stranger.tls), stranger.from)),
                 Ok(false) => self.strangers.push(stranger),
                 Err(error) => visitors.push(Visitor::Refused(stranger.from, error)),
             }

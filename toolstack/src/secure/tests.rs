@@ -176,7 +176,7 @@ fn pair() -> (Tls, Tls) {
     let port = listener.address().unwrap().port();
     let client = thread::spawn(move || connect("localhost", port, client.client().unwrap()));
     let Visitor::Welcome(server, _) = visitor(&mut listener) else { panic!("it is refused") };
-    (server, client.join().unwrap().unwrap())
+    (*server, client.join().unwrap().unwrap())
 }
 
 #[test]

@@ -77,7 +77,7 @@ pub(crate) fn run(globals: &Globals, args: &ReceiveArgs, place: Place) -> anyhow
                     let started = start(globals, args);
                     let (child, input, output) = started.context("starting a receiver")?;
                     let receiver = thread::spawn(move || {
-                        let relayed = relay::relay(tls, output, input, Until::EndOfInput);
+                        let relayed = relay::relay(*tls, output, input, Until::EndOfInput);
                         let mut child = child;
                         let ended = child.wait();
                         relayed.and(ended)

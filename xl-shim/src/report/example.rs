@@ -43,6 +43,7 @@ pub(crate) fn example() -> Report {
         pause_ms: Some(212.0),
         suspend_wait_ms: Some(24.0),
         pause_expected_ms: Some(240),
+        throttled_percent: None,
         pause: Some(Pause {
             last_pass_ms: 31.0,
             verify_ms: None,
