@@ -34,6 +34,7 @@ mod guard;
 mod history;
 mod host;
 mod lock;
+mod manual;
 mod migrate;
 mod monitor;
 mod outgoing;
@@ -137,11 +138,11 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::DomainGuard(ward) => guard::run(globals, ward),
         Verb::Divert(args) => divert::run(args),
         Verb::Completions { shell } => {
-            output::stdout(&cli::completions(*shell));
+            output::stdout(&manual::completions(*shell));
             Ok(Exit::Success)
         }
         Verb::Man { verb } => {
-            output::stdout(&cli::man(verb.as_deref())?);
+            output::stdout(&manual::man(verb.as_deref())?);
             Ok(Exit::Success)
         }
     }
