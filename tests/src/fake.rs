@@ -187,6 +187,10 @@ fn planted(tally: &mut Tally, rig: &Rig, seed: u64) {
                 Ok(())
             });
         }
+        let (_, to) = pair;
+        let name = format!("a CPU that lacks features of the guest's is noticed ({to} restores)");
+        let stands = case(pair, GuestKind::Pvh, Activity::Stopped, seed);
+        tally.case(&name, || rig.restore_on_lesser_cpu(&stands));
         let slow = case(pair, GuestKind::PvTree, Activity::Writing, seed);
         moves(tally, rig, &Migration { call_delay: CALL_DELAY, ..slow });
     }

@@ -389,7 +389,14 @@ impl TargetDomain for FakeDomain {
             let leaves = policy.leaves.as_chunks::<24>().0.iter();
             let mut leaves = leaves.map(|leaf| get_u64(leaf, 0).unwrap_or(0));
             let refused = leaves.find(|leaf| Some(*leaf as u32) == xen.refused_leaf);
-            xen.dom(self.id.0).policy = policy.clone();
+            let mut given = policy.clone();
+            let lacking = xen.lacking.map(u32::to_le_bytes);
+            for leaf in given.leaves.as_chunks_mut::<24>().0 {
+                if lacking.is_some_and(|lacking| leaf.starts_with(&lacking)) {
+                    leaf[20..].fill(0);
+                }
+            }
+            xen.dom(self.id.0).policy = given;
             Ok(refused)
         })?;
         match refused {

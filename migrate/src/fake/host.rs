@@ -127,6 +127,12 @@ impl Host {
         self.lock().refused_leaf = Some(leaf);
     }
 
+    /// This host's CPU has none of the features in edx of that leaf: a policy loses them when a
+    /// domain gets it, without an error.
+    pub fn lack_features(&self, leaf: u32) {
+        self.lock().lacking = Some(leaf);
+    }
+
     /// Methods called so far, with the domains that they were called for.
     #[must_use]
     pub fn calls(&self) -> Vec<(DomId, &'static str)> {

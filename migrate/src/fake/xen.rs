@@ -142,6 +142,8 @@ pub(super) struct Xen {
     pub(super) faults: Vec<(&'static str, u64, i32)>,
     pub(super) fragmented: bool,
     pub(super) refused_leaf: Option<u32>,
+    /// A leaf whose features in edx the host lacks.
+    pub(super) lacking: Option<u32>,
     /// Guests do something at every so many accesses; 0: never.
     pub(super) guests_run_every: u64,
     /// Whether they give memory back and take some.
@@ -179,6 +181,7 @@ impl Xen {
             faults: Vec::new(),
             fragmented: false,
             refused_leaf: None,
+            lacking: None,
             guests_run_every: 0,
             guests_balloon: true,
             forgotten_clean: None,

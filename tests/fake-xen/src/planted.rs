@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use rxl_migrate::frame::PageType;
 
+use crate::helper::Program;
 use crate::migration::{Activity, GuestKind, Migration, Rig, compared};
 use crate::stream::Stream;
 
@@ -80,6 +81,29 @@ impl Rig {
         target.check_left_behind()?;
         ensure!(!restored.succeeded(), "it is restored all the same");
         Ok(restored.describe())
+    }
+
+    /// Restores a guest on a host whose CPU lacks features that it had: the receiver has to refuse
+    /// it by name, or, if it does not look, the comparison to find it.
+    ///
+    /// # Errors
+    /// Neither.
+    pub fn restore_on_lesser_cpu(&self, migration: &Migration) -> Result<()> {
+        let source = migration.source()?;
+        let (saved, stream) = self.save_alone(migration, &source)?;
+        ensure!(saved.succeeded(), "saving: {}", saved.describe());
+        let target = migration.target(&source.domain)?;
+        target.machine.host().lack_features(1);
+        let restored = self.restore_alone(migration, &target, &stream)?;
+        if migration.to == Program::Rxl {
+            let words = "CPUID leaf 0x1 edx bit";
+            let is_refused = !restored.succeeded() && restored.describe().contains(words);
+            ensure!(is_refused, "restoring: {}", restored.describe());
+            return Ok(());
+        }
+        let differences = compared(migration, &source, &target, &restored)?;
+        ensure!(!differences.is_empty(), "the comparison finds nothing");
+        Ok(())
     }
 
     /// `None`: the fault had no occasion.
