@@ -20,6 +20,7 @@ use crate::host::{self, Progress};
 use crate::lock::Lock;
 use crate::migrate::by_hand;
 use crate::output::{self, Screen};
+use crate::status::Runs;
 
 /// Which end a guard belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -133,9 +134,22 @@ impl Drop for Guard {
 pub(crate) fn run(globals: &Globals, ward: &GuardArgs) -> anyhow::Result<Exit> {
     // Away from the terminal, whose Ctrl-C is for the owner to judge.
     rustix::process::setsid().context("leaving the session")?;
-    let GuardArgs { side, name, domid, draft, to, cpu_cap } = ward;
+    let owner = rustix::process::getppid();
     let duty = guard::duty(&mut io::stdin());
-    if duty == Duty::Nothing || duty == Duty::Tell && *side == Side::Target {
+    if duty == Duty::Nothing {
+        return Ok(Exit::Success);
+    }
+    let done = stand_in(globals, ward, duty);
+    if let Some(owner) = owner.and_then(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok()) {
+        Runs::of_this_host().forget(owner);
+    }
+    done
+}
+
+/// Does what is to be done once the owner is gone.
+fn stand_in(globals: &Globals, ward: &GuardArgs, duty: Duty) -> anyhow::Result<Exit> {
+    let GuardArgs { side, name, domid, draft, to, cpu_cap } = ward;
+    if duty == Duty::Tell && *side == Side::Target {
         // What a receiver leaves there, the sender's user is told of.
         return Ok(Exit::Success);
     }

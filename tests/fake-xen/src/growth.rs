@@ -40,9 +40,11 @@ pub struct Growth {
     pub took: Duration,
     /// The helper's time on a processor.
     pub cpu: Duration,
-    /// The most that it had resident, in KiB.
+    /// Processes that it was at its end, workers included.
+    pub processes: u32,
+    /// The most that they had resident, in KiB.
     pub peak_kib: u64,
-    /// What it may have resident at most, in KiB.
+    /// What they may have resident at most, in KiB.
     pub limit_kib: u64,
 }
 
@@ -61,10 +63,10 @@ impl Growth {
     /// A line of JSON about the memory.
     #[must_use]
     pub fn memory_json(&self) -> String {
-        let Growth { name, gib, peak_kib, limit_kib, .. } = self;
+        let Growth { name, gib, processes, peak_kib, limit_kib, .. } = self;
         format!(
-            "{{\"name\":\"{name}\",\"gib\":{gib},\"peak_kib\":{peak_kib},\
-             \"limit_kib\":{limit_kib}}}"
+            "{{\"name\":\"{name}\",\"gib\":{gib},\"processes\":{processes},\
+             \"peak_kib\":{peak_kib},\"limit_kib\":{limit_kib}}}"
         )
     }
 
@@ -131,7 +133,8 @@ fn described(name: &str, gib: u64, kind: GuestKind, ended: &Ended, restore: bool
     let of_pages = gib * PAGES_PER_GIB * page_bits / 8 / 1024;
     let limit_kib = (64 + 24 * u64::from(ended.used.processes)) * 1024 + of_pages;
     let (took, used) = (ended.took, ended.used);
-    Growth { name: name.into(), gib, took, cpu: used.cpu, peak_kib: used.peak_kib, limit_kib }
+    let (processes, peak_kib) = (used.processes, used.peak_kib);
+    Growth { name: name.into(), gib, took, cpu: used.cpu, processes, peak_kib, limit_kib }
 }
 
 /// Saves live, and keeps the stream.
@@ -241,11 +244,12 @@ mod tests {
             gib: 2,
             took: Duration::from_secs(1),
             cpu: Duration::from_millis(100),
+            processes: 3,
             peak_kib: 10,
             limit_kib: 20,
         };
         let time = r#"{"name":"save/pv","gib":2,"ms_per_gib":500.0,"cpu_ms_per_gib":50.0}"#;
-        let memory = r#"{"name":"save/pv","gib":2,"peak_kib":10,"limit_kib":20}"#;
+        let memory = r#"{"name":"save/pv","gib":2,"processes":3,"peak_kib":10,"limit_kib":20}"#;
         assert_eq!((growth.time_json(), growth.memory_json()), (time.into(), memory.into()));
     }
 }

@@ -2,8 +2,8 @@
 //! outlive the host. A file is always a whole one: it is written beside and takes the other's
 //! place.
 //!
-//! Nobody is there to take the file of an rxl that was killed. Whoever reads the directory does,
-//! once the domain's lock is free as well: until then its guard is at work.
+//! The file of an rxl that was killed is taken by its guard, once that has put things right. If the
+//! guard was killed as well, whoever reads the directory takes it, once the domain's lock is free.
 
 use std::fs;
 use std::io;
@@ -59,6 +59,14 @@ impl Runs {
     /// What that rxl says, or said last.
     pub(super) fn read(&self, pid: u32) -> Option<State> {
         read(&self.path(pid))
+    }
+
+    /// Takes away what the rxl of that number, which is gone, has said.
+    pub(crate) fn forget(&self, pid: u32) {
+        for end in ["json", "new"] {
+            // Whoever reads the directory may have been quicker.
+            let _ = fs::remove_file(self.path(pid).with_extension(end));
+        }
     }
 
     /// All that goes on, the oldest first. Takes away what is left of others.
@@ -138,6 +146,17 @@ mod tests {
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
         child.id()
+    }
+
+    #[test]
+    fn what_a_guard_takes_away_is_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let runs = Runs::at(directory.path());
+        runs.write(&own()).unwrap();
+        assert!(runs.read(own().pid).is_some());
+        runs.forget(own().pid);
+        runs.forget(own().pid);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[test]

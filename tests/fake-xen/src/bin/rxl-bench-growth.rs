@@ -3,9 +3,10 @@
 #![allow(clippy::print_stdout, reason = "this is the output of the benchmark")]
 
 use anyhow::{Context, Result, bail};
-use rxl_fake_xen::{Bench, Growth, clean_pass, grow};
+use rxl_fake_xen::{Bench, Growth, Ways, clean_pass, grow};
 
-const USAGE: &str = "usage: tests/bench scale|memory [--json] [--gib N (16)] [--runs N (3, 1)]";
+const USAGE: &str = "usage: tests/bench scale|memory [--json] [--gib N (16)] [--runs N (3, 1)] \
+                     [--workers N (1)]";
 /// Sizes of guests, in GiB.
 const SCALE: [u64; 5] = [1, 2, 4, 8, 16];
 const MEMORY: [u64; 3] = [1, 4, 16];
@@ -14,11 +15,16 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let what = args.next().context(USAGE)?;
     let (mut json, mut gib_max, mut runs) = (false, 16, None);
+    let mut bench = Bench::here()?;
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--json" => json = true,
             "--gib" => gib_max = args.next().and_then(|n| n.parse().ok()).context(USAGE)?,
             "--runs" => runs = Some(args.next().and_then(|n| n.parse().ok()).context(USAGE)?),
+            "--workers" => {
+                let count = args.next().and_then(|n| n.parse().ok()).context(USAGE)?;
+                bench.ways = Ways::Workers(count);
+            }
             _ => bail!(USAGE),
         }
     }
@@ -29,7 +35,7 @@ fn main() -> Result<()> {
     };
     let sizes: Vec<u64> = sizes.iter().copied().filter(|gib| *gib <= gib_max).collect();
     let runs = runs.unwrap_or(usual_runs);
-    grow(&Bench::here()?, &sizes, runs, |growth| show(growth, json))?;
+    grow(&bench, &sizes, runs, |growth| show(growth, json))?;
     if what == "scale" {
         let ms = clean_pass().as_secs_f64() * 1000.0;
         match json {
@@ -53,11 +59,11 @@ fn show_time(growth: &Growth, json: bool) {
 }
 
 fn show_memory(growth: &Growth, json: bool) {
-    let Growth { name, gib, peak_kib, limit_kib, .. } = growth;
+    let Growth { name, gib, processes, peak_kib, limit_kib, .. } = growth;
     match json {
         true => println!("{}", growth.memory_json()),
         false => println!(
-            "{name:<14}{gib:>4} GiB {:>6} MiB at most, allowed {} MiB",
+            "{name:<14}{gib:>4} GiB {processes:>3} processes, {:>6} MiB at most, allowed {} MiB",
             peak_kib.div_ceil(1024),
             limit_kib / 1024
         ),
