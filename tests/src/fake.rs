@@ -199,7 +199,7 @@ fn planted(tally: &mut Tally, rig: &Rig, seed: u64) {
 /// With digests rxl finds a page that changes on its way, and stock refuses the stream.
 fn verified(tally: &mut Tally, rig: &Rig, seed: u64) {
     let differs = "1 pages or more differ from the source's";
-    for (to, why) in [(Program::Rxl, differs), (Program::Stock, "Unknown type 0x52580006")] {
+    for (to, why) in [(Program::Rxl, differs), (Program::Stock, "Mandatory record 0x52580006")] {
         for guest in GUESTS {
             let alone = case((Program::Rxl, to), guest, Activity::Stopped, seed);
             let migration = Migration { ways: Ways::Verified(0), ..alone };
