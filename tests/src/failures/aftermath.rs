@@ -78,7 +78,8 @@ pub(super) fn settle(session: &Session) -> Result<()> {
 pub(super) struct Things(BTreeMap<String, usize>);
 
 /// Locks are names of sockets; what maps a guest's memory has privcmd in its maps. What `/run` has
-/// of the tests' own connections is not the migration's.
+/// of the tests' own connections is not the migration's; and what an rxl said of itself is kept in
+/// `/run/rxl` for whoever waited for its end, and goes when somebody reads there (`rxl status`).
 const SCRIPT: &str = r#"
 ps -eo args= | grep -o '[d]omain-monitor' | sed 's/^/process /'
 grep -o '@rxl/.*' /proc/net/unix | sed 's/^/lock /'
@@ -86,7 +87,7 @@ for maps in $(grep -ls privcmd /proc/[0-9]*/maps); do
     echo "mapping by $(cat ${maps%maps}comm)"
 done
 xenstore-ls -f | sed 's/ = .*//; s/^/xenstore /'
-find /tmp /run /var/tmp /var/lib/xen -xdev | grep -v '^/run/sshd' | sed 's/^/file /'
+find /tmp /run /var/tmp /var/lib/xen -xdev | grep -vE '^/run/(sshd|rxl/)' | sed 's/^/file /'
 "#;
 
 impl Things {
