@@ -193,7 +193,8 @@ fn log_dirty_off(process: &Process<'_>) {
 
 /// What it had before, as rxl reads it when it begins.
 fn speed_up(process: &Process<'_>) {
-    let (plant, cap) = (process.world().plan.plant, process.world().plan.cpu_cap);
+    let plant = process.world().plan.plant;
+    let cap = process.world().plan.cpu_cap;
     if plant != Some(Plant::SlowForEver) {
         let guest = process.world().machine(Side::Source).guest().clone();
         let _ = guest.set_cpu_cap(cap);
