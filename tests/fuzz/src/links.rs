@@ -59,7 +59,8 @@ fn unpack(mut input: Input<'_>) -> (Vec<u8>, bool) {
         let header = header.filter(|header| header.length <= RECORD_BYTES_MAX);
         records.extend(head);
         let Some(header) = header else { return (records, false) };
-        let end = records.len() + header.length;
+        let length = header.length.next_multiple_of(8);
+        let end = records.len() + length;
         if header.kind == ReadKind::Known(RecordKind::PageData) {
             let count = usize::try_from(input.u32()).unwrap_or(0);
             records.extend(u64::try_from(count).unwrap_or(0).to_le_bytes());
@@ -70,7 +71,8 @@ fn unpack(mut input: Input<'_>) -> (Vec<u8>, bool) {
             }
         } else {
             is_data = false;
-            records.extend(input.bytes(header.length));
+            // With what fills it up.
+            records.extend(input.bytes(length));
         }
         records.resize(end, 0);
     }

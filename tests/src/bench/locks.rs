@@ -126,6 +126,9 @@ fn count(trace: &str, marked: bool) -> Result<Locks> {
         }
         let Some(event) = Event::parse(line) else { continue };
         if event.name == "tracing_mark_write" {
+            if !marked {
+                continue;
+            }
             is_between = event.fields == "mapping begin";
             has_ended = event.fields == "mapping end";
             continue;
