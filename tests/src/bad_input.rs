@@ -23,7 +23,7 @@ const DIRTY_PAGES_PER_S: u64 = 200;
 /// How long a migration that fails may take; libxl alone waits 60 s for a guest to suspend.
 const FAILURE_TIMEOUT: Duration = Duration::from_secs(240);
 /// How long it may take until memory arrives at the target.
-const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
+const STREAM_TIMEOUT: Duration = Duration::from_secs(300);
 /// A domain that has this much memory while it arrives is in mid-stream.
 const ARRIVED_MIB: u64 = 16;
 /// Memory that is left at a target that is full.
