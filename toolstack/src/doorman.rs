@@ -21,7 +21,11 @@ use crate::tls::Identity;
 /// Connections that may be there without having said who they are.
 const PENDING_MAX: usize = 16;
 /// How long they may take to say it.
-pub(crate) const HELLO_TIME: Duration = Duration::from_secs(5);
+const HELLO_TIME: Duration = Duration::from_secs(5);
+
+/// How long the sender may take to answer: until links are there its one process sends as well, and
+/// looks at the door between two batches, each of which may be 4 MiB through a slow ssh.
+pub(crate) const WELCOME_TIME: Duration = Duration::from_secs(30);
 
 /// Lets links in.
 #[derive(Debug)]
@@ -203,7 +207,7 @@ pub fn open_link(offer: &Offer, link: u8) -> io::Result<OwnedFd> {
 
 fn open_link_to(address: SocketAddr, offer: &Offer, link: u8) -> io::Result<OwnedFd> {
     let mut stream = TcpStream::connect_timeout(&address, HELLO_TIME)?;
-    stream.set_read_timeout(Some(HELLO_TIME))?;
+    stream.set_read_timeout(Some(WELCOME_TIME))?;
     stream.write_all(&hello(&offer.secret, link, offer.known()))?;
     let mut welcome = Token::default();
     stream.read_exact(&mut welcome)?;

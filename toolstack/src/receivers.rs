@@ -18,7 +18,7 @@ use rxl_migrate::target::file::work_on_file;
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner, work};
 use serde::{Deserialize, Serialize};
 
-use crate::doorman::{HELLO_TIME, open_link};
+use crate::doorman::{WELCOME_TIME, open_link};
 use crate::messages;
 use crate::worker::{Mode, Worker, become_worker};
 use crate::xc::{FileAt, Heartbeat, LiveDomain, ReceivingLink, SealedIn};
@@ -243,7 +243,7 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
         }
         Some(trusted) => {
             let proof = offer.secret.proof_token(link);
-            let link = SealedIn::open(connection, trusted, &proof, HELLO_TIME);
+            let link = SealedIn::open(connection, trusted, &proof, WELCOME_TIME);
             let mut link = link.map_err(failed)?;
             let heartbeat = Some(link.heartbeat());
             work(&domain, &mut link, &mut Socket { socket, heartbeat }, agreed)
