@@ -65,6 +65,10 @@ impl Rune<'_> {
     }
 }
 
+/// Where a target's programs are: ssh gives root a short path.
+pub(crate) const REMOTE_PATH: &str =
+    "PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin; export PATH;";
+
 /// What the target's shell runs: plain POSIX, and no single quote in it, so that single quotes
 /// bring it through the local shell and ssh as it is.
 fn remote_snippet(words: &str, rxl_only: bool) -> String {
@@ -73,7 +77,7 @@ fn remote_snippet(words: &str, rxl_only: bool) -> String {
         false => ("rxl xl", "neither rxl nor xl"),
     };
     format!(
-        "PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin; export PATH; \
+        "{REMOTE_PATH} \
          for p in {programs}; do command -v $p >/dev/null 2>&1 && exec $p {words}; done; \
          echo \"{none} on $(uname -n)\" >&2; exit 127"
     )
@@ -210,9 +214,7 @@ mod tests {
         std::fs::set_permissions(&ssh, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .unwrap();
         let ssh = ssh.to_str().unwrap().to_owned();
-        let command = Rune { rxl_only, ..rune(&ssh, None) }
-            .command()
-            .replace("PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin", "true");
+        let command = Rune { rxl_only, ..rune(&ssh, None) }.command().replace(REMOTE_PATH, "");
         let out = Command::new("sh").args(["-c", &command]).output().unwrap();
         let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
         (out.status.code(), text(out.stdout), text(out.stderr))

@@ -78,8 +78,8 @@ pub(super) fn settle(session: &Session) -> Result<()> {
 pub(super) struct Things(BTreeMap<String, usize>);
 
 /// Locks are names of sockets; what maps a guest's memory has privcmd in its maps. What `/run` has
-/// of the tests' own connections is not the migration's; and what an rxl said of itself is kept in
-/// `/run/rxl` for whoever waited for its end, and goes when somebody reads there (`rxl status`).
+/// of the tests' own connections is not the migration's; and how an rxl ended is kept in `/run/rxl`
+/// for a minute, for whoever waits for it. One that was killed has said no end.
 const SCRIPT: &str = r#"
 ps -eo args= | grep -o '[d]omain-monitor' | sed 's/^/process /'
 grep -o '@rxl/.*' /proc/net/unix | sed 's/^/lock /'
@@ -88,6 +88,8 @@ for maps in $(grep -ls privcmd /proc/[0-9]*/maps); do
 done
 xenstore-ls -f | sed 's/ = .*//; s/^/xenstore /'
 find /tmp /run /var/tmp /var/lib/xen -xdev | grep -vE '^/run/(sshd|rxl/)' | sed 's/^/file /'
+grep -L '"exit":' /run/rxl/* 2>/dev/null | sed 's/^/file /'
+true
 "#;
 
 impl Things {

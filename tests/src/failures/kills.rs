@@ -10,7 +10,7 @@ use rxl_lab::{Finished, GuestSpec, Host};
 
 use super::aftermath::{Copy, Things, copies_on, settle};
 use super::by_hand::Instructions;
-use super::points::{Blow, End, Outcome, Point, RECEIVE, Who};
+use super::points::{Blow, End, MIGRATE, Outcome, Point, RECEIVE, Who};
 use super::start_again;
 use crate::background::Background;
 use crate::bad_input::log_dirty;
@@ -130,6 +130,9 @@ impl<'a> Kills<'a> {
         let guest = &self.spec.name;
         let last = ended.stderr.trim().lines().last().unwrap_or("");
         note(format!("it says: {last}"));
+        let by_itself = point.blow != Blow::Kill(MIGRATE);
+        let is_told = matches!(ended.status.code(), Some(0 | 1 | 130));
+        ensure!(is_told || !by_itself, "rxl migrate died of itself: {}", describe(ended));
         if point.outcome == Outcome::Unsure {
             let here = copies_on(source, guest)?;
             ensure!(!here.iter().any(Copy::runs), "it runs at the source: {here:?}");

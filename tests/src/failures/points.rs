@@ -23,7 +23,8 @@ pub(super) struct Who {
     pub(super) pattern: &'static str,
 }
 
-const MIGRATE: Who = Who { name: "rxl migrate", end: End::Source, pattern: "^rxl migrate " };
+pub(super) const MIGRATE: Who =
+    Who { name: "rxl migrate", end: End::Source, pattern: "^rxl migrate " };
 const SOURCE_GUARD: Who =
     Who { name: "its guard", end: End::Source, pattern: "[d]omain-guard .*source " };
 const SAVE_HELPER: Who =

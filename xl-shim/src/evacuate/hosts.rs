@@ -10,7 +10,7 @@ use rxl_migrate::xl::{away_name, incoming_name};
 
 use super::plan::{Guest, Health};
 use crate::passthrough;
-use crate::transport::quoted;
+use crate::transport::{REMOTE_PATH, quoted};
 
 /// MiB that a domain takes beside its memory: 1 for each vCPU and 1/128 of the memory for the
 /// tables that Xen keeps of it (libxl's rule, `libxl_get_required_shadow_memory`), 2 for a device
@@ -74,8 +74,8 @@ fn why_not(name: &str, state: &str) -> Option<&'static str> {
 
 /// Asks a target how much memory is free.
 pub(super) fn ask(ssh: &str, host: &str) -> Health {
-    let remote = "PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin; exec xl info";
-    let command = format!("exec {ssh} {host} {}", quoted(remote));
+    let remote = format!("{REMOTE_PATH} exec xl info");
+    let command = format!("exec {ssh} {host} {}", quoted(&remote));
     let output = Command::new("sh").args(["-c", &command]).stdin(Stdio::null()).output();
     let output = match output {
         Ok(output) if output.status.success() => output,

@@ -183,7 +183,7 @@ impl Evacuation<'_> {
         let text = match &ended.end {
             End::Moved => "moved".to_owned(),
             End::Failed(why) => format!("not moved: {why}"),
-            End::Suspended(why) => format!("SUSPENDED: {why}"),
+            End::Suspended(why) => format!("NEEDS A LOOK: {why}"),
             End::Cancelled => "cancelled".to_owned(),
         };
         self.screen.line(&format!("rxl: {}: {text}", guest.name));
@@ -216,7 +216,7 @@ struct Line {
     guest: String,
     /// Where it is: a target, or `here`.
     place: String,
-    /// Whether it runs there, or is suspended.
+    /// Whether it is suspended there, or nobody knows.
     suspended: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     why: Option<String>,
@@ -250,7 +250,7 @@ impl Summary {
                     }
                 }
                 Place::Left(reasons) => here(reasons.join("; "), false),
-                Place::Suspended(why) => here(format!("SUSPENDED: {why}"), true),
+                Place::Suspended(why) => here(format!("NEEDS A LOOK: {why}"), true),
                 Place::Waiting | Place::Moving(_) => here("not started".to_owned(), false),
             };
             *(if line.why.is_none() { &mut moved } else { &mut left }) += 1;

@@ -85,6 +85,7 @@ impl Mover {
             lines.push_back(line);
         }
         let status = self.child.wait();
+        let was_killed = !matches!(&status, Ok(status) if status.code().is_some());
         let figures: Option<Figures> =
             fs::read(self.report.path()).ok().and_then(|text| serde_json::from_slice(&text).ok());
         let last = lines.back().cloned();
@@ -96,17 +97,38 @@ impl Mover {
             }),
             causes => causes.join("; "),
         };
-        let end = match figures.outcome {
-            Some(Outcome::Moved | Outcome::Saved) => End::Moved,
-            Some(Outcome::Cancelled) => End::Cancelled,
-            Some(Outcome::NotResumed | Outcome::Uncertain) => End::Suspended(why()),
-            Some(Outcome::Failed) | None => End::Failed(why()),
-        };
+        let end = end(figures.outcome, was_killed, why);
         if !matches!(end, End::Moved | End::Cancelled) {
             for line in &lines {
                 screen.line(&format!("{guest}: {line}"));
             }
         }
         Ended { end, figures }
+    }
+}
+
+/// What an outcome means for the guest; without one rxl ended before it had anything to report, or
+/// was killed: then its guard knows where the guest is, not we.
+fn end(outcome: Option<Outcome>, was_killed: bool, why: impl FnOnce() -> String) -> End {
+    match outcome {
+        Some(Outcome::Moved | Outcome::Saved) => End::Moved,
+        Some(Outcome::Cancelled) => End::Cancelled,
+        Some(Outcome::NotResumed | Outcome::Uncertain) => End::Suspended(why()),
+        None if was_killed => End::Suspended(why()),
+        Some(Outcome::Failed) | None => End::Failed(why()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_whose_migration_was_killed_is_not_tried_elsewhere() {
+        let why = || "why".to_owned();
+        assert_eq!(end(None, true, why), End::Suspended(why()));
+        assert_eq!(end(None, false, why), End::Failed(why()));
+        assert_eq!(end(Some(Outcome::Failed), true, why), End::Failed(why()));
+        assert_eq!(end(Some(Outcome::Moved), true, why), End::Moved);
     }
 }

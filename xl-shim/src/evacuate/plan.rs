@@ -34,7 +34,8 @@ pub(super) enum End {
     Moved,
     /// It runs here.
     Failed(String),
-    /// It is suspended here: it could not be resumed, or may run at the target.
+    /// It is suspended here, or nobody knows: it could not be resumed, may run at the target, or
+    /// its migration was killed.
     Suspended(String),
     /// Somebody wanted it so.
     Cancelled,
