@@ -12,7 +12,7 @@
 use std::ffi::{OsStr, c_void};
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use rxl_xen_sys::libxl as xl;
 use rxl_xen_sys::stable::{self, xentoollog_logger};
 
+use super::held::HeldStart;
 use super::{LogOptions, OpenError, library};
 
 /// Names the save helper that libxl is to run (read by libxl at each save and restore).
@@ -137,12 +138,15 @@ static CHILD_HOOKS: xl::libxl_childproc_hooks = xl::libxl_childproc_hooks {
     reaped_callback: None,
 };
 
-/// What libxl calls for `fork`: it forks, and notes the child as the operation's save helper if
-/// it is the first one. `user` is the [`HelperSlot`].
+/// What libxl calls for `fork`: it lets go of what was held back for the helper, forks, and notes
+/// the child as the operation's save helper if it is the first one. `user` is the [`HelperSlot`].
 ///
 /// The child gets SIGTERM's default action before it can get the signal: until it has become the
 /// helper it would otherwise run this program's handler, which takes the signal away from it.
 unsafe extern "C" fn fork_and_note(user: *mut c_void) -> libc::pid_t {
+    // SAFETY: `user` is what `Context::open` gave, and outlives the context that calls this.
+    let slot = unsafe { &*user.cast_const().cast::<HelperSlot>() };
+    slot.release();
     let before = hold_back_sigterm();
     // SAFETY: the child returns to libxl, which only sets up descriptors and execs; of this
     // program nothing runs in it but the system calls below.
@@ -154,8 +158,6 @@ unsafe extern "C" fn fork_and_note(user: *mut c_void) -> libc::pid_t {
     // SAFETY: as `errno` of a fork that failed is libxl's, which this keeps: it cannot fail.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, ptr::null_mut()) };
     if let Some(child) = Pid::from_raw(pid).filter(|_| pid > 0) {
-        // SAFETY: `user` is what `Context::open` gave, and outlives the context that calls this.
-        let slot = unsafe { &*user.cast_const().cast::<HelperSlot>() };
         slot.note(child);
     }
     pid
@@ -172,9 +174,12 @@ fn hold_back_sigterm() -> libc::sigset_t {
     before
 }
 
-/// Which process is the save helper of the operation that runs.
+/// Which process is the save helper of the operation that runs, and what is held for it.
 #[derive(Debug, Default)]
-pub(super) struct HelperSlot(Mutex<Helper>);
+pub(super) struct HelperSlot {
+    helper: Mutex<Helper>,
+    stream: Mutex<Option<HeldStart>>,
+}
 
 #[derive(Debug, Default)]
 enum Helper {
@@ -236,8 +241,38 @@ impl HelperSlot {
         *helper = pidfd_open(child, PidfdFlags::empty()).map_or(Helper::Unknown, Helper::Runs);
     }
 
+    /// Holds back what is written to `stream` until the helper starts, and gives what libxl is to
+    /// write to.
+    pub(super) fn hold(&self, stream: BorrowedFd<'_>) -> io::Result<RawFd> {
+        let held = HeldStart::new(stream)?;
+        let descriptor = held.descriptor();
+        *self.stream() = Some(held);
+        Ok(descriptor)
+    }
+
+    /// The helper is about to start: the stream is its own, if anything is held back.
+    fn release(&self) {
+        if !matches!(*self.lock(), Helper::Awaited { .. }) {
+            return;
+        }
+        let given_up = || matches!(*self.lock(), Helper::Awaited { doomed: true });
+        let released = self.stream().as_mut().map(|held| held.release(given_up));
+        if released.is_some_and(|released| released.is_err()) {
+            self.terminate();
+        }
+    }
+
+    /// Ends the holding back, and tells whether the stream has its start.
+    pub(super) fn let_go(&self) -> io::Result<()> {
+        self.stream().take().map_or(Ok(()), HeldStart::finish)
+    }
+
+    fn stream(&self) -> MutexGuard<'_, Option<HeldStart>> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Helper> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.helper.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -11,6 +11,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -183,6 +184,12 @@ fn named(id: u64) -> xl::libxl_asyncop_how {
         callback: None,
         u: xl::libxl_asyncop_how__bindgen_ty_1 { for_event: id },
     }
+}
+
+/// What a save comes to whose stream does not take its start.
+fn cannot_write(error: &io::Error) -> Rc {
+    tracing::error!("the stream cannot be written: {error}");
+    xl::ERROR_FAIL
 }
 
 fn check(rc: Rc) -> RcResult<()> {
@@ -378,13 +385,16 @@ impl Context {
         let how = named(id);
         let flags = flags.cast_signed();
         let id32 = domain.0.into();
-        // SAFETY: the context; `how` is copied; the descriptor stays open, because this function
-        // returns only after the operation's end.
-        check(unsafe {
+        let out = self.helper().hold(fd).map_err(|error| cannot_write(&error))?;
+        // SAFETY: the context; `how` is copied; the descriptor stays open, because it is let go
+        // of only after the operation's end.
+        let started = check(unsafe {
             let api = &self.api;
-            api.libxl_domain_suspend(self.raw(), id32, fd.as_raw_fd(), flags, &raw const how)
-        })?;
-        self.wait_operation(id)
+            api.libxl_domain_suspend(self.raw(), id32, out, flags, &raw const how)
+        });
+        let saved = started.and_then(|()| self.wait_operation(id));
+        let passed_on = self.helper().let_go().map_err(|error| cannot_write(&error));
+        saved.and(passed_on)
     }
 
     /// Restores a domain; `id` names the operation. The domain's number comes back even on an

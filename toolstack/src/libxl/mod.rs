@@ -21,6 +21,7 @@
 
 mod ctx;
 mod ffi;
+mod held;
 mod library;
 mod memory;
 pub mod monitor;
@@ -204,10 +205,6 @@ impl Lifecycle for Libxl {
     fn save(&self, domain: DomId, fd: BorrowedFd<'_>, live: bool, debug: bool) -> Result<()> {
         let flags = if live { xl::LIBXL_SUSPEND_LIVE } else { 0 }
             | if debug { xl::LIBXL_SUSPEND_DEBUG } else { 0 };
-        if start::is_broken(fd) {
-            let what = format!("saving domain {domain} (nobody reads its stream)");
-            return Err(LifecycleError { what, rc: xl::ERROR_FAIL });
-        }
         let save = |id| self.context.suspend(domain, fd, flags, id);
         let saved = self.operations.run(&self.context, save);
         saved.map_err(|rc| failed(rc, || format!("saving domain {domain}")))

@@ -1,11 +1,11 @@
-//! The start of a libxl stream, looked at before libxl looks.
+//! The start of a libxl stream that is restored, looked at before libxl looks.
 //!
 //! libxl (4.14 to 4.22) calls a null pointer, which ends this process and leaves a half-built
 //! domain behind, if a stream fails before its save helper has started: `check_all_finished`
 //! stops a helper that has no `completion_callback` yet. A sender that gives up early, or a file
 //! that is none, is enough. So the 24 bytes that come before the helper's part are waited for and
-//! checked here, without taking them from the descriptor. In the other direction a peer that is
-//! gone already is noticed here.
+//! checked here, without taking them from the descriptor. For the other direction see
+//! [`super::held`].
 //!
 //! What is read of the format is in [`rxl_migrate::stream::libxl`].
 
@@ -68,14 +68,6 @@ pub(super) fn check(fd: BorrowedFd<'_>, cancelled: impl Fn() -> bool) -> Result<
         }
         sleep(RETRY);
     }
-}
-
-/// Whether nobody reads the other end of `fd` any more.
-pub(super) fn is_broken(fd: BorrowedFd<'_>) -> bool {
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).is_ok()
-        && fds.iter().any(|f| f.revents().intersects(PollFlags::ERR | PollFlags::HUP))
 }
 
 /// Waits a little for something to read. Whether the other end is closed, so that what is there
@@ -194,13 +186,5 @@ mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         writer.write_all(b"LibxlFmt, but not the format").unwrap();
         assert!(matches!(check(reader.as_fd(), never), Err(StartError::NotLibxl)));
-    }
-
-    #[test]
-    fn an_end_that_nobody_reads_is_noticed() {
-        let (reader, writer) = io::pipe().unwrap();
-        assert!(!is_broken(writer.as_fd()));
-        drop(reader);
-        assert!(is_broken(writer.as_fd()));
     }
 }
