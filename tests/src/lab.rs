@@ -42,6 +42,7 @@ impl Session {
     /// Whatever keeps the lab from coming up, and one that is up but smaller.
     pub fn open_shaped(shape: Shape) -> Result<Session> {
         let store = Store::open()?;
+        Lab::forget_dead(&store)?;
         let is_ours = rxl_lab::status(&store)?.is_none();
         let lab = if is_ours {
             Images::build(&store)?;

@@ -54,6 +54,7 @@ impl Lab {
     /// Boots a lab of that shape; fails at once if one is up or the images are not built.
     pub fn up(store: &Store, shape: Shape) -> Result<Self> {
         check_shape(&shape)?;
+        Self::forget_dead(store)?;
         let _lock = Lock::take(store)?;
         if State::load(store)?.is_some() || network::exists() {
             bail!("A lab is up, or was not taken down: see `status`, or run `down` first");
@@ -88,6 +89,14 @@ impl Lab {
                 _ => Ok(()),
             }
         })
+    }
+
+    /// Takes down what is left of a lab of which no host runs any more: this machine was started
+    /// again meanwhile, or somebody has ended them. One that is just being started is left alone.
+    pub fn forget_dead(store: &Store) -> Result<()> {
+        let Some(state) = State::load(store)? else { return Ok(()) };
+        let runs = state.processes.iter().copied().any(ProcessId::is_alive);
+        if runs || state.processes.is_empty() { Ok(()) } else { Self::down(store) }
     }
 
     /// All hosts, in order.
