@@ -20,6 +20,7 @@ pub mod fuzz;
 pub mod interop;
 pub mod kmod;
 pub mod lab;
+pub mod readme;
 pub mod report;
 pub mod restless;
 pub mod sim;

@@ -65,15 +65,33 @@ impl FakeDomain {
             let mut pages = data.clone();
             pages.sort_unstable();
             for pfn in pages {
-                let mfn = match guest {
-                    Guest::Pv(guest) => Some(guest.mfn(pfn)),
-                    Guest::Hvm(_) => xen.dom(self.id.0).physmap.get(pfn),
-                };
-                if let (Some(mfn), Some(page)) = (mfn, content(pfn)) {
+                if let (Some(mfn), Some(page)) = (self.mfn(xen, guest, pfn), content(pfn)) {
                     xen.memory.set_page(mfn, &page);
                 }
             }
         });
+    }
+
+    /// The guest writes a word of one of its ordinary pages, if it runs.
+    pub fn write(&self, pfn: u64, slot: usize, word: u64) {
+        let mut xen = self.host.lock();
+        let domain = xen.dom(self.id.0);
+        if domain.paused || domain.shutdown.is_some() {
+            return;
+        }
+        xen.with_guest(self.id.0, |xen, guest| {
+            if let Some(mfn) = self.mfn(xen, guest, pfn) {
+                xen.set_word(mfn, slot % WORDS_PER_PAGE, word);
+                xen.mark(self.id.0, pfn);
+            }
+        });
+    }
+
+    fn mfn(&self, xen: &mut Xen, guest: &Guest, pfn: u64) -> Option<u64> {
+        match guest {
+            Guest::Pv(guest) => Some(guest.mfn(pfn)),
+            Guest::Hvm(_) => xen.dom(self.id.0).physmap.get(pfn),
+        }
     }
 
     /// The device model reports what it writes, or no longer does.

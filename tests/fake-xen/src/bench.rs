@@ -250,9 +250,19 @@ impl Bench {
         self.mib * PAGES_PER_MIB
     }
 
+    /// A machine as after a boot.
     pub(crate) fn machine(&self) -> Result<Machine> {
+        self.machine_that_is(true)
+    }
+
+    /// One whose frames hold what other guests have left in them.
+    pub(crate) fn used_machine(&self) -> Result<Machine> {
+        self.machine_that_is(false)
+    }
+
+    fn machine_that_is(&self, fresh: bool) -> Result<Machine> {
         let frames = self.pages() + SPARE_FRAMES;
-        let machine = Machine::start(MachineSpec { frames, seed: 1, fresh: true })?;
+        let machine = Machine::start(MachineSpec { frames, seed: 1, fresh })?;
         // A machine has its memory. Nobody is to be charged for what this host has to do for it.
         let backed = Command::new(&self.plain_copy)
             .arg("back")
@@ -376,7 +386,7 @@ fn from_start(file: &File) -> Result<File> {
     Ok(file)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

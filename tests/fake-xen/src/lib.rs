@@ -26,6 +26,7 @@
 
 mod bench;
 mod client;
+mod content;
 mod domctl;
 mod growth;
 mod helper;
@@ -41,6 +42,7 @@ mod ways;
 mod wire;
 
 pub use bench::{Bench, Figure};
+pub use content::{Content, Rate, Sent, content};
 pub use growth::{Growth, clean_pass, grow};
 pub use helper::{Ended, Helper, Libxl, Program, Programs};
 pub use machine::{Machine, MachineSpec};

@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
-    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, report, restless, sim,
-    smoke, soak, unit,
+    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, readme, report, restless,
+    sim, smoke, soak, unit,
 };
 
 /// Seeds of the simulator that CI runs: some ten seconds.
@@ -77,6 +77,8 @@ enum Suite {
         #[arg(long, default_value_t = 30)]
         minutes: u32,
     },
+    /// A first-time user's walk through the README, command by command
+    Readme,
     /// Looks at the report's page and the live view with Chromium; needs no lab
     Report {
         /// Write the pictures in docs/ anew
@@ -119,6 +121,11 @@ fn main() -> ExitCode {
         Some(Suite::Kmod { minutes }) => {
             if let Some(session) = tally.case("the lab is up, with the module", kmod::open) {
                 kmod::run(&mut tally, &session, minutes);
+            }
+        }
+        Some(Suite::Readme) => {
+            if let Some(session) = tally.case("the lab is up", readme::open) {
+                readme::run(&mut tally, &session);
             }
         }
         Some(Suite::Report { update }) => report::run(&mut tally, update),
