@@ -51,7 +51,7 @@ enum Then {
 use Then::{Built, Cancelled, Copied, Kept, Moved, MovedByTls, MovedOrNot, Saved};
 
 /// The commands, in an order in which a user may come to them.
-const WALK: [(&str, Then); 26] = [
+const WALK: [(&str, Then); 27] = [
     ("apt install libxen-dev libclang-dev pkg-config dpkg-dev", Built),
     ("dom0-setup/package", Built),
     ("dpkg -i rxl_0.1.0_amd64.deb", Kept),
@@ -63,6 +63,7 @@ const WALK: [(&str, Then); 26] = [
     ("rxl migrate --no-encrypt GUEST host2", Moved),
     ("rxl migrate --streams 0 GUEST host2", Moved),
     ("rxl migrate --reduce none GUEST host2", Moved),
+    ("rxl migrate --rate 800 GUEST host2", Moved),
     ("rxl migrate --tls GUEST host2", MovedByTls),
     ("rxl migrate --verify GUEST host2", Moved),
     ("rxl migrate --max-pause 100 --on-limit cancel GUEST host2", MovedOrNot),

@@ -16,6 +16,7 @@ pub mod inherit;
 pub mod libxl;
 pub mod lifecycle;
 mod messages;
+pub mod rate;
 pub mod receivers;
 pub mod secure;
 pub mod senders;

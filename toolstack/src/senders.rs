@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{self, FlockOperation, MemfdFlags, OFlags, flock, memfd_create, open};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rxl_migrate::frame::DomId;
+use rxl_migrate::frame::{DomId, PAGE_SIZE};
 use rxl_migrate::hypervisor::{ForeignPages, PagePiece, StreamOut};
 use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
@@ -31,12 +31,13 @@ use serde::{Deserialize, Serialize};
 use crate::abort;
 use crate::doorman::Doorman;
 use crate::messages;
+use crate::rate::Rate;
 use crate::tls::Identity;
 use crate::worker::{Mode, Worker, become_worker};
-use crate::xc::{FdOut, Idle, LiveDomain, SealedOut, SendingLink};
+use crate::xc::{FdOut, Idle, LiveDomain, SealedOut, SendingLink, limit_rate};
 
-/// The first argument of a worker's command line: then come the domain's number, and the turn's,
-/// or [`LINK`].
+/// The first argument of a worker's command line: then come the domain's number, and either the
+/// turn's and the rate in Mbit/s or nothing, or [`LINK`].
 pub const ARGUMENT: &str = "--save-worker";
 /// In the place of a turn: standard output is a link.
 const LINK: &str = "link";
@@ -81,35 +82,49 @@ pub struct SharedOut<O> {
     out: O,
     /// `None`: nobody else writes.
     turn: Option<Turn>,
-    /// Time spent waiting for it.
+    /// What all of them may send.
+    rate: Option<Rate>,
+    /// Time spent waiting for the turn.
     stalled: Duration,
 }
 
 impl<O> SharedOut<O> {
-    /// Writes to `out` when it has the turn, if there is one.
-    pub fn new(out: O, turn: Option<Turn>) -> SharedOut<O> {
-        SharedOut { out, turn, stalled: Duration::ZERO }
+    /// Writes to `out` when it has the turn, if there is one, and no faster than `rate`.
+    pub fn new(out: O, turn: Option<Turn>, rate: Option<Rate>) -> SharedOut<O> {
+        SharedOut { out, turn, rate, stalled: Duration::ZERO }
     }
 
-    fn in_turn(&mut self, write: impl FnOnce(&mut O) -> io::Result<()>) -> io::Result<()> {
-        let Some(turn) = &self.turn else { return write(&mut self.out) };
+    /// Writes `bytes` bytes.
+    fn in_turn(
+        &mut self,
+        bytes: usize,
+        write: impl FnOnce(&mut O) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let asked = Instant::now();
+        if let Some(turn) = &self.turn {
+            turn.take()?;
+        }
         let started = Instant::now();
-        turn.take()?;
-        self.stalled += started.elapsed();
+        self.stalled += started.duration_since(asked);
+        // Whoever holds the turn holds up the others as well.
+        let written = write(&mut self.out)
+            .and_then(|()| self.rate.map_or(Ok(()), |rate| rate.wait(bytes, started)));
         // After an error the stream is worthless. But others may be waiting: they are to find out.
-        let written = write(&mut self.out);
-        turn.give()?;
+        if let Some(turn) = &self.turn {
+            turn.give()?;
+        }
         written
     }
 }
 
 impl<P: ForeignPages, O: StreamOut<P>> StreamOut<P> for SharedOut<O> {
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.in_turn(|out| out.write_all(bytes))
+        self.in_turn(bytes.len(), |out| out.write_all(bytes))
     }
 
     fn write_pages(&mut self, head: &[u8], pieces: &[PagePiece<'_, P>]) -> io::Result<()> {
-        self.in_turn(|out| out.write_pages(head, pieces))
+        let bytes = head.len() + pieces.len() * PAGE_SIZE;
+        self.in_turn(bytes, |out| out.write_pages(head, pieces))
     }
 
     fn stalled_ns(&self) -> u64 {
@@ -150,6 +165,8 @@ pub struct Staff<'a> {
     pub stream: BorrowedFd<'a>,
     /// Where links come in, if they may.
     pub doorman: Option<Doorman>,
+    /// How fast all of them together may send: links by equal shares.
+    pub rate: Option<Rate>,
 }
 
 /// The workers of this process. Dropping it ends them.
@@ -160,6 +177,7 @@ pub struct Pool {
     mode: Mode,
     turn: Turn,
     doorman: Option<Doorman>,
+    rate: Option<Rate>,
     workers: BTreeMap<WorkerId, Worker>,
     /// The number of the next one.
     next: WorkerId,
@@ -172,10 +190,10 @@ impl Pool {
     /// # Errors
     /// The system's.
     pub fn start(staff: Staff<'_>) -> io::Result<Pool> {
-        let Staff { program, domain, mode, count, stream, doorman } = staff;
+        let Staff { program, domain, mode, count, stream, doorman, rate } = staff;
         let (workers, news) = (BTreeMap::new(), VecDeque::new());
         let turn = Turn::new()?;
-        let mut pool = Pool { program, domain, mode, turn, doorman, workers, next: 0, news };
+        let mut pool = Pool { program, domain, mode, turn, doorman, rate, workers, next: 0, news };
         for _ in 0..count {
             let worker = pool.stream_worker(stream.try_clone_to_owned()?)?;
             pool.employ(worker, None);
@@ -198,12 +216,13 @@ impl Pool {
     }
 
     fn stream_worker(&self, stream: OwnedFd) -> io::Result<Worker> {
-        let (domain, turn) = (self.domain, &self.turn);
+        let (domain, turn, rate) = (self.domain, &self.turn, self.rate);
         match self.mode {
             Mode::Process => {
                 fcntl_setfd(&turn.0, FdFlags::empty())?;
                 let (id, number) = (domain.to_string(), turn.0.as_raw_fd().to_string());
-                let args = [ARGUMENT, &id, &number];
+                let mbit = rate.map_or(String::new(), |rate| rate.mbit().to_string());
+                let args = [ARGUMENT, &id, &number, &mbit];
                 let worker = Worker::process(&self.program, &args, Stdio::from(stream));
                 fcntl_setfd(&turn.0, FdFlags::CLOEXEC)?;
                 worker
@@ -211,7 +230,7 @@ impl Pool {
             Mode::Thread => {
                 let turn = turn.another()?;
                 Worker::thread(move |socket| {
-                    let out = SharedOut::new(FdOut::new(stream), Some(turn));
+                    let out = SharedOut::new(FdOut::new(stream), Some(turn), rate);
                     say_if_failed(serve(domain, out, &socket, Agreed::default()));
                 })
             }
@@ -221,6 +240,9 @@ impl Pool {
     fn link_worker(&self, link: u8, agreed: Agreed, connection: OwnedFd) -> io::Result<Worker> {
         let domain = self.domain;
         let doorman = self.doorman.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        if let Some(rate) = self.rate {
+            limit_rate(connection.as_fd(), rate.share(doorman.offer().links))?;
+        }
         let identity = doorman.identity().cloned();
         let proof = doorman.offer().secret.proof_token(link);
         let assignment = Assignment { identity, proof, agreed };
@@ -400,7 +422,7 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let failed = |source| rxl_migrate::Error::Worker { what, source };
     let wrong = || failed(io::ErrorKind::InvalidInput.into());
     become_worker().map_err(failed)?;
-    let [domain, way] = args else { return Err(wrong()) };
+    let [domain, way, rest @ ..] = args else { return Err(wrong()) };
     let domain = DomId(domain.parse().map_err(|_| wrong())?);
     let (stdin, stdout) = (io::stdin(), io::stdout());
     if *way == LINK {
@@ -413,7 +435,11 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let turn = way.parse().map_err(|_| wrong())?;
     let turn = Turn(crate::inherit::descriptor(turn).map_err(failed)?);
     let turn = turn.another().map_err(failed)?;
-    let out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn));
+    let rate = match rest {
+        [mbit] if !mbit.is_empty() => Some(mbit.parse().map_err(|_| wrong())?),
+        _ => None,
+    };
+    let out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn), rate);
     serve(domain, out, stdin.as_fd(), Agreed::default())
 }
 
@@ -437,6 +463,7 @@ mod tests {
             count: 1,
             stream: writer.as_fd(),
             doorman: None,
+            rate: None,
         };
         let mut pool = Pool::start(staff).unwrap();
         assert_eq!(pool.news(true).unwrap(), Some(News::Joined(0, None)));
@@ -458,6 +485,7 @@ mod tests {
             count: 0,
             stream: writer.as_fd(),
             doorman: Some(doorman),
+            rate: None,
         };
         let mut pool = Pool::start(staff).unwrap();
         let offer = pool.offer().unwrap();
@@ -495,8 +523,8 @@ mod tests {
         let (turn, crowd) = (Turn::new().unwrap(), Crowd::default());
         let writers: Vec<_> = (0..4)
             .map(|_| {
-                let mut out = SharedOut::new(crowd.clone(), Some(turn.another().unwrap()));
-                thread::spawn(move || (0..500).try_for_each(|_| out.in_turn(|c| c.write())))
+                let mut out = SharedOut::new(crowd.clone(), Some(turn.another().unwrap()), None);
+                thread::spawn(move || (0..500).try_for_each(|_| out.in_turn(1, |c| c.write())))
             })
             .collect();
         for writer in writers {
@@ -508,13 +536,13 @@ mod tests {
     #[test]
     fn who_fails_or_is_killed_does_not_keep_the_turn() {
         let turn = Turn::new().unwrap();
-        let out = || SharedOut::new((), Some(turn.another().unwrap()));
-        assert!(out().in_turn(|()| Err(io::ErrorKind::BrokenPipe.into())).is_err());
+        let out = || SharedOut::new((), Some(turn.another().unwrap()), None);
+        assert!(out().in_turn(1, |()| Err(io::ErrorKind::BrokenPipe.into())).is_err());
         let killed = turn.another().unwrap();
         killed.take().unwrap();
         let next = {
             let mut out = out();
-            thread::spawn(move || out.in_turn(|()| Ok(())))
+            thread::spawn(move || out.in_turn(1, |()| Ok(())))
         };
         // What the kernel does when a process ends.
         drop(killed);
@@ -528,7 +556,7 @@ mod tests {
         let turn = Turn::new().unwrap();
         let workers = [(); 2].map(|()| {
             let out = FdOut::new(writer.try_clone().unwrap());
-            let mut out = SharedOut::new(out, Some(turn.another().unwrap()));
+            let mut out = SharedOut::new(out, Some(turn.another().unwrap()), None);
             Worker::thread(move |_socket| {
                 let bytes = vec![7; 2 * PIPE_BYTES];
                 let written = StreamOut::<crate::xc::Mapping>::write_all(&mut out, &bytes);

@@ -13,6 +13,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Args, CommandFactory, Parser, Subcommand};
 use rxl_migrate::stream::link::LINKS_MAX;
 use rxl_migrate::stream::reduced::Reduce;
+use rxl_toolstack::rate::Rate;
 use rxl_toolstack::xc::MapperWanted;
 
 use crate::defaults;
@@ -295,9 +296,9 @@ pub(crate) struct MigrateArgs {
     #[arg(long, value_name = "S", default_value = "5", requires = "dry_run")]
     #[arg(value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) sample: u64,
-    /// How fast memory goes to the target, in Mbit/s, for --dry-run; without it as the last time
-    /// [not in xl]
-    #[arg(long, value_name = "MBIT", requires = "dry_run")]
+    /// How fast memory may go to the target at most, in Mbit/s, on average; what --dry-run
+    /// reckons with, which without it takes the rate of the last time [not in xl]
+    #[arg(long, value_name = "MBIT")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) rate: Option<u32>,
     /// Ignored: migration is always live
@@ -327,13 +328,14 @@ impl MigrateArgs {
             anyhow::Ok(LinksWanted { addresses, count: self.streams, encrypted, reduce })
         });
         let policy = self.policy.policy(fixed_part);
-        let verify = self.verify;
+        let (verify, rate) = (self.verify, self.rate.and_then(Rate::of_mbit));
         Ok(Ways {
             workers: self.workers,
             mapper: self.mapper,
             links: links.transpose()?,
             policy,
             verify,
+            rate,
         })
     }
 }
@@ -481,6 +483,11 @@ pub(crate) struct EvacuateArgs {
     /// Domains that stay
     #[arg(long, value_name = "DOM,…", value_delimiter = ',')]
     pub(crate) except: Vec<String>,
+    /// How fast memory may go to the targets at most, all together, in Mbit/s; each of as many
+    /// domains as are moved at a time has its share
+    #[arg(long, value_name = "MBIT")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) rate: Option<u32>,
     /// Let targets decide whether there is memory for a domain: for those that take it from dom0
     #[arg(long)]
     pub(crate) ignore_memory: bool,

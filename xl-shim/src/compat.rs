@@ -96,7 +96,9 @@ const OPTIONS: &[Opt] = options! {
              ([policy](docs/policy.md))" {
             "--dry-run": "say how long it would take and what the pause would be",
             "--sample": "for how long it looks",
-            "--rate": "how fast memory would go",
+        }
+        Own "in Mbit/s, on average: for the sake of others that use the network" {
+            "--rate": "how fast memory may go at most; what a dry run reckons with",
         }
         Own "without ssh, where `rxl migrate-receive --listen` runs ([TLS](docs/tls.md))" {
             "--tls": "reach the target by TLS",

@@ -36,8 +36,8 @@ const ENV: &str = "RXL_CONFIG";
 /// The table that is no verb's.
 const HELPER: &str = "save-helper";
 /// Its keys; the variable of `no-encrypt` is `RXL_NO_ENCRYPT`.
-const HELPER_KEYS: [&str; 7] =
-    ["workers", "mapper", "addresses", "streams", "no-encrypt", "reduce", "policy"];
+const HELPER_KEYS: [&str; 8] =
+    ["workers", "mapper", "addresses", "streams", "no-encrypt", "reduce", "policy", "rate"];
 
 /// The file's text, and where it was.
 struct File {

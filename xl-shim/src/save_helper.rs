@@ -105,7 +105,7 @@ fn save(
     let failed = |source| rxl_migrate::Error::Worker { what: "starting workers", source };
     let workers = start_workers(domain, stream, ways).map_err(failed)?;
     let turn = workers.as_ref().map(Pool::turn).transpose().map_err(failed)?;
-    let mut out = SharedOut::new(FdOut::new(stream), turn);
+    let mut out = SharedOut::new(FdOut::new(stream), turn, ways.rate);
     let workers = workers.map(|pool| Box::new(pool) as Box<dyn Workers>);
     let domain = LiveDomain::open(domain)?;
     source::save_with(&domain, &mut out, channel, workers, options)?;
@@ -121,8 +121,8 @@ fn start_workers(domain: DomId, stream: &OwnedFd, ways: &Ways) -> io::Result<Opt
         return Ok(None);
     }
     let program = env::current_exe()?.into_os_string();
-    let stream = stream.as_fd();
-    Pool::start(Staff { program, domain, mode, count, stream, doorman }).map(Some)
+    let (stream, rate) = (stream.as_fd(), ways.rate);
+    Pool::start(Staff { program, domain, mode, count, stream, doorman, rate }).map(Some)
 }
 
 fn is_file(stream: &OwnedFd) -> io::Result<bool> {

@@ -17,6 +17,7 @@ use rxl_migrate::stream::link::LINKS_MAX;
 use rxl_migrate::stream::reduced::Reduce;
 use rxl_toolstack::doorman::Doorman;
 use rxl_toolstack::inherit;
+use rxl_toolstack::rate::Rate;
 use rxl_toolstack::senders::WORKERS_MAX;
 use rxl_toolstack::worker::Mode;
 use rxl_toolstack::xc::MapperWanted;
@@ -36,6 +37,8 @@ const NO_ENCRYPT_ENV: &str = "RXL_NO_ENCRYPT";
 const REDUCE_ENV: &str = "RXL_REDUCE";
 /// Not empty: memory is compared by digests at the end of a migration.
 const VERIFY_ENV: &str = "RXL_VERIFY";
+/// How fast memory may be sent at most, in Mbit/s.
+const RATE_ENV: &str = "RXL_RATE";
 /// Links to offer.
 const STREAMS_ENV: &str = "RXL_STREAMS";
 
@@ -109,6 +112,8 @@ pub(crate) struct Ways {
     pub(crate) policy: PolicyWanted,
     /// Whether memory is compared by digests.
     pub(crate) verify: bool,
+    /// How fast it may be sent at most.
+    pub(crate) rate: Option<Rate>,
 }
 
 impl Ways {
@@ -125,7 +130,8 @@ impl Ways {
         });
         let policy = variable::<PolicyWanted>(policy::ENV).unwrap_or_default();
         let mapper = variable::<MapperWanted>(MAPPER_ENV).unwrap_or_default();
-        Ways { workers, mapper, links, policy, verify: is_set(VERIFY_ENV) }
+        let (verify, rate) = (is_set(VERIFY_ENV), variable::<Rate>(RATE_ENV));
+        Ways { workers, mapper, links, policy, verify, rate }
     }
 
     /// Passes it on to the save helper. To be called while there is one thread.
@@ -147,6 +153,7 @@ impl Ways {
             (REDUCE_ENV, reduce),
             (policy::ENV, self.policy.to_string()),
             (VERIFY_ENV, if self.verify { "1" } else { "" }.to_owned()),
+            (RATE_ENV, self.rate.map(|rate| rate.mbit().to_string()).unwrap_or_default()),
         ];
         for (name, value) in all {
             inherit::set_variable(name, value.as_ref()).context("telling the save helper")?;

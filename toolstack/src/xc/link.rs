@@ -10,12 +10,13 @@
 //! nothing gets on: after [`STALL_MAX`], or [`TURN_MAX`] where the receiver may wait for others.
 //!
 //! # Safety
-//! One call of `setsockopt` with an integer.
+//! One call of `setsockopt` with a number.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,7 @@ use rxl_migrate::target::links::LinkIn;
 use super::foreign::Mapping;
 use super::stream::{Direction, FdIn, FdOut, Wait};
 use crate::abort;
+use crate::rate::Rate;
 use crate::tls::Tls;
 
 /// How often a receiver that waits says that it is there.
@@ -83,18 +85,33 @@ pub(super) fn prepare(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Keeps what waits in the socket's buffer short, whatever its size is tuned to.
 fn limit_unsent(socket: BorrowedFd<'_>) -> io::Result<()> {
-    let limit = UNSENT_BYTES_MAX;
-    let length = libc::socklen_t::try_from(size_of_val(&limit)).unwrap_or_default();
-    // SAFETY: the option takes an integer, and the length is that of one.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_NOTSENT_LOWAT,
-            (&raw const limit).cast(),
-            length,
-        )
-    };
+    set_number(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, &UNSENT_BYTES_MAX)
+}
+
+/// Has the kernel send no faster than `rate` over a TCP connection. Kernels before 5.0 know of no
+/// more than 4 GB/s.
+///
+/// # Errors
+/// The system's.
+pub fn limit_rate(socket: BorrowedFd<'_>, rate: Rate) -> io::Result<()> {
+    set_number(socket, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, &rate.bytes_per_s())
+}
+
+/// A number that a socket's option may be.
+trait Number: Copy {}
+impl Number for libc::c_int {}
+impl Number for u64 {}
+
+fn set_number<N: Number>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    option: libc::c_int,
+    number: &N,
+) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(number)).unwrap_or_default();
+    let (fd, number) = (socket.as_raw_fd(), ptr::from_ref(number).cast());
+    // SAFETY: the pointer is to a number of this length, which the kernel only reads.
+    let result = unsafe { libc::setsockopt(fd, level, option, number, length) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

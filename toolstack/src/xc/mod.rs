@@ -43,7 +43,7 @@ mod window;
 
 pub use domain::LiveDomain;
 pub use foreign::{MapperWanted, Mapping, want_mapper};
-pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink};
+pub use link::{Heartbeat, Idle, ReceivingLink, SendingLink, limit_rate};
 pub use sealed::{SealedIn, SealedOut};
 #[cfg(test)]
 pub(crate) use stream::PIPE_BYTES;

@@ -165,6 +165,10 @@ impl Evacuation<'_> {
         self.screen.line(&format!("rxl: {name} -> {host}"));
         let mut options = self.args.options.clone();
         options.extend(["-s".to_owned(), self.args.ssh.clone()]);
+        if let Some(rate) = self.args.rate {
+            let share = (rate / u32::from(self.args.parallel)).max(1);
+            options.extend(["--rate".to_owned(), share.to_string()]);
+        }
         let mover = Mover::start(&name, &host, &options)?;
         let pid = mover.pid();
         let (args, screen, verbose) = (self.args.clone(), self.screen.clone(), self.verbose);
