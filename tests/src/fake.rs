@@ -47,6 +47,8 @@ const LINKED: [(GuestKind, Ways); 5] = [
 const LINKS_SHARE: usize = 50;
 /// Cells of the matrix.
 const CELLS: u64 = (PAIRS.len() * GUESTS.len() * ACTIVITIES.len()) as u64;
+/// What strangers may cost the sender, in KiB.
+const STRANGERS_KIB_MAX: u64 = 8 << 10;
 /// For so many migrations there is one run in which something goes wrong.
 const TROUBLED_SHARE: u64 = 3;
 /// What a slow call takes at least.
@@ -65,6 +67,7 @@ pub fn run(tally: &mut Tally, runs: u64, seed: u64) {
         moves(tally, &rig, &Migration { size: LARGE_SIZE, ..case(pair, guest, activity, seed) });
     }
     linked(tally, &rig, &LINKED, seed);
+    besieged(tally, &rig, seed);
     filed(tally, &rig, seed);
     troubled(tally, &rig, runs / TROUBLED_SHARE, seed);
 }
@@ -76,6 +79,7 @@ pub fn run_short(tally: &mut Tally) {
     planted(tally, &rig, 0);
     verified(tally, &rig, 0);
     linked(tally, &rig, &[(GuestKind::Pvh, Ways::Sealed(2))], 0);
+    besieged(tally, &rig, 0);
     filed(tally, &rig, 0);
     troubled(tally, &rig, CELLS / TROUBLED_SHARE, 0);
 }
@@ -170,6 +174,32 @@ fn filed(tally: &mut Tally, rig: &Rig, seed: u64) {
                 Ok(())
             }
         }
+    });
+}
+
+/// Strangers at the door of encrypted links, and a listener, who hears a guest only over links that
+/// are not.
+fn besieged(tally: &mut Tally, rig: &Rig, seed: u64) {
+    let moved = |ways, strangers| {
+        let both = case((Program::Rxl, Program::Rxl), GuestKind::Pvh, Activity::Stopped, seed);
+        rig.besieged(&Migration { size: MEDIUM_SIZE, ways, ..both }, strangers)
+    };
+    tally.case("a listener sees a guest's memory on links that are not encrypted", || {
+        let seen = moved(Ways::Links(2), false)?;
+        note(format!("{} of {} packets", seen.in_clear, seen.packets));
+        ensure!(seen.in_clear > 0, "whoever listens to the other case would see nothing either");
+        Ok(())
+    });
+    tally.case("strangers and a thief at the door of encrypted links", || {
+        let (quiet, seen) = (moved(Ways::Sealed(3), false)?, moved(Ways::Sealed(3), true)?);
+        let more = seen.peak_kib.saturating_sub(quiet.peak_kib);
+        note(format!("{} strangers cost {more} KiB; {} packets", seen.strangers, seen.packets));
+        ensure!(seen.packets > 0 && seen.in_clear == 0, "{} packets in clear", seen.in_clear);
+        ensure!(seen.strangers > 0 && seen.stolen, "nobody was at the door: {seen:?}");
+        ensure!(more <= STRANGERS_KIB_MAX, "they cost too much");
+        let stream = seen.over_stream * 100 / usize::try_from(MEDIUM_SIZE.memory * 4096)?;
+        ensure!(100 - stream.min(100) >= LINKS_SHARE, "{stream} % went over the stream");
+        Ok(())
     });
 }
 

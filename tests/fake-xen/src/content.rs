@@ -24,6 +24,9 @@ use crate::ways::Ways;
 
 /// What may be left out: nothing, each kind, everything; and everything whether that pays or not.
 const REDUCE: [&str; 7] = ["none", "zero", "same", "delta", "compress", "all", "all,always"];
+/// How a link is at full speed.
+const AT_FULL_SPEED: [Kind; 3] =
+    [plain("none"), plain("all"), Kind { encrypted: true, ..plain("none") }];
 /// Pages that the changing guest writes to: 8 MiB.
 const HOT_PAGES: usize = 2048;
 /// Between two times that it writes, and how many words it writes then, each to some hot page.
@@ -98,6 +101,18 @@ fn text(rng: &mut Rng) -> Box<PageBuf> {
     page
 }
 
+/// How a link is: the first of several is what the others are compared with.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    /// What may be left out.
+    reduce: &'static str,
+    encrypted: bool,
+}
+
+const fn plain(reduce: &'static str) -> Kind {
+    Kind { reduce, encrypted: false }
+}
+
 /// How fast the way is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rate {
@@ -116,13 +131,15 @@ pub struct Sent {
     pub rate: Rate,
     /// What might be left out.
     pub reduce: &'static str,
+    /// Whether it was encrypted.
+    pub encrypted: bool,
     /// What the way carried, with all headers, in MiB.
     pub mib: f64,
     /// From the start of the helpers to their end.
     pub took: Duration,
-    /// What was carried with nothing left out, over what was carried.
+    /// What was carried with nothing left out in the clear, over what was carried.
     pub less: f64,
-    /// The time over that with nothing left out, the median over the rounds.
+    /// The time over that of the same, the median over the rounds.
     pub time_ratio: f64,
 }
 
@@ -130,7 +147,7 @@ impl Sent {
     /// One line of JSON.
     #[must_use]
     pub fn json(&self) -> String {
-        let Sent { rate, reduce, mib, less, time_ratio, .. } = self;
+        let Sent { rate, reduce, encrypted, mib, less, time_ratio, .. } = self;
         let (content, ms) = (self.content.name(), self.took.as_millis());
         let rate = match rate {
             Rate::Full => "null".to_owned(),
@@ -138,7 +155,7 @@ impl Sent {
         };
         format!(
             "{{\"content\":\"{content}\",\"rate_mbit\":{rate},\"reduce\":\"{reduce}\",\
-             \"mib\":{mib:.1},\"ms\":{ms},\"less\":{less:.2},\"time_ratio\":{time_ratio:.3}}}"
+             \"encrypted\":{encrypted},\"mib\":{mib:.1},\"ms\":{ms},\"less\":{less:.2},\"time_ratio\":{time_ratio:.3}}}"
         )
     }
 
@@ -146,13 +163,14 @@ impl Sent {
     #[must_use]
     pub fn text(&self) -> String {
         let Sent { rate, reduce, mib, less, time_ratio, took, .. } = self;
+        let sealed = if self.encrypted { "encrypted" } else { "" };
         let (content, seconds) = (self.content.name(), took.as_secs_f64());
         let rate = match rate {
             Rate::Full => "full speed".to_owned(),
             Rate::Mbit(rate) => format!("{rate} Mbit/s"),
         };
         format!(
-            "{content:<9}{rate:>11}  {reduce:<9}{mib:>8.1} MiB {seconds:>8.2} s  \
+            "{content:<9}{rate:>11}  {reduce:<11}{sealed:<10}{mib:>8.1} MiB {seconds:>8.2} s  \
              {less:>6.2} times less, {time_ratio:.3} of the time"
         )
     }
@@ -166,22 +184,21 @@ struct Run {
 }
 
 /// Moves guests of `bench.mib` MiB with each content: with nothing, each kind and everything left
-/// out at each of `rates`, and with nothing and everything at full speed, `bench.pairs` times
-/// each. `show` gets each figure as it is there.
+/// out at each of `rates`, and at full speed with nothing, everything, and encrypted; `bench.pairs`
+/// times each. `show` gets each figure as it is there.
 ///
 /// # Errors
 /// This program does not run in a network namespace of its own, a helper fails, or the guest that
 /// arrives is not what was sent.
 pub fn content(bench: &Bench, rates: &[u32], mut show: impl FnMut(&Sent)) -> Result<()> {
-    let bench = Bench { ways: Ways::Links(1), ..bench.clone() };
-    let full = (Rate::Full, &["none", "all"][..]);
-    let rates = rates.iter().map(|rate| (Rate::Mbit(*rate), &REDUCE[..]));
-    for (rate, kinds) in std::iter::once(full).chain(rates) {
+    let slow = REDUCE.map(plain);
+    let rates = rates.iter().map(|rate| (Rate::Mbit(*rate), &slow[..]));
+    for (rate, kinds) in std::iter::once((Rate::Full, &AT_FULL_SPEED[..])).chain(rates) {
         set_rate(rate)?;
         for content in Content::ALL {
             let named = format!("{}/{rate:?}", content.name());
             if named.starts_with(&bench.only) {
-                measure(&bench, content, rate, kinds, &mut show).context(named)?;
+                measure(bench, content, rate, kinds, &mut show).context(named)?;
             }
         }
     }
@@ -192,7 +209,7 @@ fn measure(
     bench: &Bench,
     content: Content,
     rate: Rate,
-    kinds: &[&'static str],
+    kinds: &[Kind],
     show: &mut impl FnMut(&Sent),
 ) -> Result<()> {
     let source = bench.source(GuestKind::Pvh)?;
@@ -205,9 +222,9 @@ fn measure(
     let mut rounds: Vec<Vec<Run>> = Vec::new();
     for round in 0..bench.pairs {
         let mut runs = Vec::new();
-        for reduce in kinds {
-            let moved = one(bench, &source, &hot, reduce);
-            runs.push(moved.with_context(|| format!("{reduce}, round {round}"))?);
+        for kind in kinds {
+            let moved = one(bench, &source, &hot, *kind);
+            runs.push(moved.with_context(|| format!("{kind:?}, round {round}"))?);
         }
         rounds.push(runs);
     }
@@ -215,11 +232,12 @@ fn measure(
         let values = rounds.iter().filter_map(|runs| Some(of(*runs.get(index)?, *runs.first()?)));
         median(values.collect())
     };
-    for (index, reduce) in kinds.iter().enumerate() {
+    for (index, Kind { reduce, encrypted }) in kinds.iter().copied().enumerate() {
         show(&Sent {
             content,
             rate,
             reduce,
+            encrypted,
             mib: over_rounds(index, |run, _| run.bytes as f64 / f64::from(1 << 20)),
             took: Duration::from_secs_f64(over_rounds(index, |run, _| run.took.as_secs_f64())),
             less: over_rounds(index, |run, none| none.bytes as f64 / run.bytes as f64),
@@ -231,14 +249,15 @@ fn measure(
 
 /// One migration to a new machine, whose frames hold what others left in them, while the guest
 /// writes to its `hot` pages.
-fn one(bench: &Bench, source: &Side, hot: &[u64], reduce: &'static str) -> Result<Run> {
+fn one(bench: &Bench, source: &Side, hot: &[u64], kind: Kind) -> Result<Run> {
     let info = source.domain.info()?;
     let machine = bench.used_machine()?;
     let domain = machine.host().create(info.hvm, info.total_pages + 600, info.max_vcpu_id + 1);
     let target = Side { machine, domain };
     let with = |side| {
         let helper: Helper<'_> = bench.helper(Program::Rxl, side);
-        Helper { libxl: Libxl { reduce, ..helper.libxl }, ..helper }
+        let ways = if kind.encrypted { Ways::Sealed(1) } else { Ways::Links(1) };
+        Helper { libxl: Libxl { ways, reduce: kind.reduce, ..helper.libxl }, ..helper }
     };
     let (save_end, restore_end) = UnixStream::pair().context("Cannot make a socket")?;
     let (before, over) = (carried()?, &AtomicBool::new(false));
@@ -328,10 +347,11 @@ mod tests {
     fn a_figure_is_one_line_with_the_fields_in_order() {
         let (content, rate, reduce) = (Content::Idle, Rate::Mbit(200), "zero");
         let (mib, took, less, time_ratio) = (25.64, Duration::from_millis(1500), 9.98, 0.1);
-        let sent = Sent { content, rate, reduce, mib, took, less, time_ratio };
-        let expected = r#"{"content":"idle","rate_mbit":200,"reduce":"zero","mib":25.6,"ms":1500,"#
+        let encrypted = false;
+        let sent = Sent { content, rate, reduce, encrypted, mib, took, less, time_ratio };
+        let expected = r#"{"content":"idle","rate_mbit":200,"reduce":"zero","encrypted":false,"#
             .to_owned()
-            + r#""less":9.98,"time_ratio":0.100}"#;
+            + r#""mib":25.6,"ms":1500,"less":9.98,"time_ratio":0.100}"#;
         assert_eq!(sent.json(), expected);
         assert!(Sent { rate: Rate::Full, ..sent }.json().contains(r#""rate_mbit":null,"#));
     }
