@@ -155,7 +155,8 @@ impl Sent {
         };
         format!(
             "{{\"content\":\"{content}\",\"rate_mbit\":{rate},\"reduce\":\"{reduce}\",\
-             \"encrypted\":{encrypted},\"mib\":{mib:.1},\"ms\":{ms},\"less\":{less:.2},\"time_ratio\":{time_ratio:.3}}}"
+             \"encrypted\":{encrypted},\"mib\":{mib:.1},\"ms\":{ms},\"less\":{less:.2},\
+             \"time_ratio\":{time_ratio:.3}}}"
         )
     }
 
