@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use rxl_lab::{GuestKind, GuestSpec, Host, Route, save_path};
+use rxl_lab::{GuestKind, GuestSpec, Host, Release, Route, Shape, save_path};
 
-use crate::lab::{Session, spec};
+use crate::lab::{Session, describe, spec};
 use crate::smoke::DIRTY_PAGES_PER_S;
 use crate::tally::Tally;
 
@@ -44,11 +44,7 @@ pub fn run(tally: &mut Tally, session: &Session, hvm: bool) {
     for &kind in kinds {
         let guest = format!("interop-{kind}");
         let label = kind.to_string().to_uppercase();
-        let spec = GuestSpec {
-            dirty_pages_per_s: DIRTY_PAGES_PER_S,
-            vcpus: GUEST_VCPUS,
-            ..spec(&guest, kind)
-        };
+        let spec = guest_spec(&guest, kind);
         let start = || session.start_spec(&spec);
         tally.case(&format!("{label}: start ({} MiB)", spec.memory_mib), start);
         for (name, route) in PAIRINGS {
@@ -74,6 +70,65 @@ pub fn run(tally: &mut Tally, session: &Session, hvm: bool) {
         }
         tally.case(&format!("{label}: stop"), || session.remove(&guest));
     }
+}
+
+fn guest_spec(guest: &str, kind: GuestKind) -> GuestSpec {
+    let (dirty_pages_per_s, vcpus) = (DIRTY_PAGES_PER_S, GUEST_VCPUS);
+    GuestSpec { dirty_pages_per_s, vcpus, ..spec(guest, kind) }
+}
+
+/// Opens a lab whose second host has a newer Xen, with rxl on both.
+///
+/// # Errors
+/// It does not come up.
+pub fn open_newer() -> Result<Session> {
+    let releases = vec![Release::Xen417, Release::Xen420];
+    let session = Session::open_shaped(Shape { releases, ..Shape::default() })?;
+    session.lab().push_rxl()?;
+    Ok(session)
+}
+
+/// Guests go from one release of Xen to a newer one, which is the way that Xen promises.
+pub fn run_newer(tally: &mut Tally, session: &Session) {
+    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+        let guest = format!("newer-{kind}");
+        let label = kind.to_string().to_uppercase();
+        for (name, route) in PAIRINGS {
+            let start = || session.start_spec(&guest_spec(&guest, kind));
+            tally.case(&format!("{label}: start on {}", Release::Xen417), start);
+            tally.case(&format!("{label}: migrate, {name}"), || {
+                session.migrate(&guest, kind, route)
+            });
+            tally.case(&format!("{label}: save and restore there, {name}"), || {
+                session.save_and_restore(&guest, route)
+            });
+        }
+        tally.case(&format!("{label}: saved by rxl before, restored by rxl after"), || {
+            session.start_spec(&guest_spec(&guest, kind))?;
+            carried_over(session, &guest)
+        });
+        if kind == GuestKind::Pv {
+            tally.case("PV: refused where Xen has no shadow paging", || no_shadow(session, &guest));
+        }
+        tally.case(&format!("{label}: stop"), || session.remove(&guest));
+    }
+}
+
+/// Saves the guest on host1, and restores it on host2.
+fn carried_over(session: &Session, guest: &str) -> Result<()> {
+    let (file, there) = (save_path(guest), session.host(2)?);
+    let script = format!("set -e; rxl save {guest} {file}; lab-rsh host2 'cat > {file}' < {file}");
+    session.host(1)?.run_within(&script, SCRIPT_TIMEOUT)?;
+    there.run_within(&format!("rxl restore {file}; rm {file}"), SCRIPT_TIMEOUT)?;
+    session.check(guest, there).map(drop)
+}
+
+fn no_shadow(session: &Session, guest: &str) -> Result<()> {
+    let there = session.host(2)?;
+    let refused = there.finish(&format!("rxl migrate {guest} host1"), SCRIPT_TIMEOUT)?;
+    let says_why = refused.stderr.contains("shadow paging");
+    ensure!(!refused.status.success() && says_why, "{}", describe(&refused));
+    session.check(guest, there).map(drop)
 }
 
 /// Does `run` while every stock xl uses rxl's helper, and could use no other.

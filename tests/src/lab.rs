@@ -45,11 +45,14 @@ impl Session {
         Lab::forget_dead(&store)?;
         let is_ours = rxl_lab::status(&store)?.is_none();
         let lab = if is_ours {
-            Images::build(&store)?;
+            Images::build(&store, &shape.all_releases())?;
             Lab::up(&store, shape)?
         } else {
             let lab = Lab::attach(&store)?;
-            ensure!(suffices(lab.shape(), &shape), "the lab that is up is too small: {shape:?}");
+            ensure!(
+                suffices(lab.shape(), &shape),
+                "the lab that is up is smaller, or another: {shape:?}"
+            );
             lab
         };
         Ok(Session { lab, store, is_ours })
@@ -216,7 +219,8 @@ const MIGRATION_PROCESSES: &str = "\
 
 /// Whether a lab has at least what is asked for; rates do not count, they can be changed.
 fn suffices(have: &Shape, want: &Shape) -> bool {
-    have.hosts >= want.hosts && have.nics >= want.nics && have.vcpus >= want.vcpus
+    let same = (1..=want.hosts).all(|host| have.release(host) == want.release(host));
+    same && have.hosts >= want.hosts && have.nics >= want.nics && have.vcpus >= want.vcpus
 }
 
 /// A guest of the least memory that its kind boots with.

@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
 
 use crate::process::{output, succeeds};
 use crate::progress::step;
+use crate::release::Release;
 
-/// The Debian release of the machine and of the hosts in the lab.
-pub(crate) const SUITE: &str = "bookworm";
+/// The Debian release of the machine.
+const SUITE: &str = "bookworm";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -47,6 +49,7 @@ const MACHINE_PACKAGES: &[&str] = &[
     "qemu-system-x86",
     "qemu-utils",
     "util-linux",
+    "xz-utils",
     "zstd",
 ];
 
@@ -110,70 +113,112 @@ fn is_fit(listing: &str, package: &str) -> bool {
     })
 }
 
-/// `deb` or `deb-src` lines for [`SUITE`] from the machine's own sources.
-pub(crate) fn source_lines(kind: &str) -> Result<String> {
-    let targets = output(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(CREATED_BY) $(SITE) $(RELEASE) $(COMPONENT)",
-    ]))?;
-    let lines = source_lines_from(&targets, kind);
-    if lines.is_empty() {
-        bail!("This machine's apt sources name no `{SUITE}`: the lab needs Debian 12");
-    }
-    Ok(lines)
+/// The packages of a release, as material for images: neither the machine's lists nor what it has
+/// installed matters.
+#[derive(Debug)]
+pub(crate) struct Mirror {
+    /// Source lines of the release.
+    lines: [String; 2],
+    /// Sources and lists for apt.
+    state: TempDir,
 }
 
-fn source_lines_from(targets: &str, kind: &str) -> String {
-    let updates = [SUITE.to_owned(), format!("{SUITE}-updates"), format!("{SUITE}-security")];
+impl Mirror {
+    /// The release's lists, from where the machine's own sources are.
+    pub(crate) fn of(release: Release) -> Result<Mirror> {
+        let targets = output(Command::new("apt-get").args([
+            "indextargets",
+            "--format",
+            "$(CREATED_BY) $(SITE) $(RELEASE) $(COMPONENT)",
+        ]))?;
+        let lines = ["deb", "deb-src"].map(|kind| source_lines(&targets, kind, release.suite()));
+        if lines.iter().any(String::is_empty) {
+            bail!("This machine's apt sources name no `{SUITE}`: the lab needs Debian 12");
+        }
+        let state = tempfile::tempdir()?;
+        fs::write(state.path().join("sources.list"), lines.concat())?;
+        fs::create_dir_all(state.path().join("lists/partial"))?;
+        fs::write(state.path().join("status"), "")?;
+        let mirror = Mirror { lines, state };
+        mirror.apt("apt-get", &["update"], mirror.state.path())?;
+        Ok(mirror)
+    }
+
+    /// `deb` lines, for who fetches packages himself.
+    pub(crate) fn binary_lines(&self) -> &str {
+        let [binary, _] = &self.lines;
+        binary
+    }
+
+    fn apt(&self, program: &str, arguments: &[&str], dir: &Path) -> Result<String> {
+        let state = self.state.path().display();
+        let mut command = Command::new(program);
+        command
+            .arg("-q")
+            .arg(format!("-oDir::Etc::SourceList={state}/sources.list"))
+            .arg("-oDir::Etc::SourceParts=/dev/null")
+            .arg(format!("-oDir::State::Lists={state}/lists"))
+            .arg(format!("-oDir::State::Status={state}/status"))
+            .args(["-oAPT::Sandbox::User=root", "-oDir::Cache::srcpkgcache="])
+            .arg("-oDir::Cache::pkgcache=")
+            .args(arguments)
+            .current_dir(dir);
+        output(&mut command)
+    }
+
+    /// Unpacks the newest source package `name` under `dir`; gives the folder of its tree.
+    pub(crate) fn unpack_source(&self, name: &str, dir: &Path) -> Result<PathBuf> {
+        let unpacked = dir.join("source");
+        fs::create_dir(&unpacked)?;
+        // A mirror's index may name a security update whose source it does not hold: then the one
+        // before it will do.
+        let mut failures = Vec::new();
+        for version in newest_first(&self.apt("apt-cache", &["showsrc", name], dir)?) {
+            match self.apt("apt-get", &["source", &format!("{name}={version}")], &unpacked) {
+                Ok(_) => return only_entry(&unpacked, Path::is_dir),
+                Err(error) => failures.push(format!("{version}: {error:#}")),
+            }
+        }
+        bail!("The mirror has no source of {name}:\n{}", failures.join("\n"))
+    }
+
+    /// Downloads the newest binary package `name` and unpacks it into `dir`; gives its version.
+    pub(crate) fn unpack_binary(&self, name: &str, dir: &Path) -> Result<String> {
+        let scratch = tempfile::tempdir()?;
+        self.apt("apt-get", &["download", name], scratch.path())?;
+        let archive = only_entry(scratch.path(), Path::is_file)?;
+        output(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(dir))?;
+        let version = output(Command::new("dpkg-deb").arg("-f").arg(&archive).arg("Version"))?;
+        Ok(version.trim().to_owned())
+    }
+
+    /// The package that a metapackage such as `linux-image-amd64` depends on first.
+    pub(crate) fn first_dependency(&self, name: &str) -> Result<String> {
+        let listing =
+            self.apt("apt-cache", &["depends", "--important", name], self.state.path())?;
+        listing
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("Depends: "))
+            .map(str::to_owned)
+            .with_context(|| format!("apt knows no dependency of {name}"))
+    }
+}
+
+/// `deb` or `deb-src` lines for `suite`, which the mirrors of the machine's release have too.
+fn source_lines(targets: &str, kind: &str, suite: &str) -> String {
+    let parts = ["", "-updates", "-security"];
     let lines: BTreeSet<String> = targets
         .lines()
         .filter_map(|line| {
             let mut words = line.split(' ');
             let (creator, site) = (words.next()?, words.next()?);
             let (release, component) = (words.next()?, words.next()?);
-            let wanted = creator == "Packages"
-                && component == "main"
-                && updates.iter().any(|suite| suite == release);
-            wanted.then(|| format!("{kind} [signed-by={KEYRING}] {site} {release} {component}\n"))
+            let part = release.strip_prefix(SUITE).filter(|part| parts.contains(part))?;
+            let wanted = creator == "Packages" && component == "main";
+            wanted.then(|| format!("{kind} [signed-by={KEYRING}] {site} {suite}{part} main\n"))
         })
         .collect();
     lines.into_iter().collect()
-}
-
-/// Unpacks the newest source package `name` that the mirror has under `dir`; gives the folder of
-/// its tree.
-pub(crate) fn unpack_source(name: &str, dir: &Path) -> Result<PathBuf> {
-    let sources = dir.join("sources.list");
-    fs::write(&sources, source_lines("deb-src")?)?;
-    let lists = dir.join("lists");
-    fs::create_dir_all(lists.join("partial"))?;
-    let unpacked = dir.join("source");
-    fs::create_dir(&unpacked)?;
-    let apt = |program: &str, arguments: &[&str]| {
-        let mut command = Command::new(program);
-        command
-            .arg("-q")
-            .arg(format!("-oDir::Etc::SourceList={}", sources.display()))
-            .arg("-oDir::Etc::SourceParts=/dev/null")
-            .arg(format!("-oDir::State::Lists={}", lists.display()))
-            .args(["-oAPT::Sandbox::User=root", "-oDir::Cache::srcpkgcache="])
-            .arg("-oDir::Cache::pkgcache=")
-            .args(arguments)
-            .current_dir(&unpacked);
-        output(&mut command)
-    };
-    apt("apt-get", &["update"])?;
-    // A mirror's index may name a security update whose source it does not hold: then the one
-    // before it will do.
-    let mut failures = Vec::new();
-    for version in newest_first(&apt("apt-cache", &["showsrc", name])?) {
-        match apt("apt-get", &["source", &format!("{name}={version}")]) {
-            Ok(_) => return only_entry(&unpacked, Path::is_dir),
-            Err(error) => failures.push(format!("{version}: {error:#}")),
-        }
-    }
-    bail!("The mirror has no source of {name}:\n{}", failures.join("\n"))
 }
 
 /// Versions in a listing of source packages, newest first.
@@ -186,26 +231,6 @@ fn newest_first(listing: &str) -> Vec<String> {
         if is_later { Ordering::Less } else { Ordering::Greater }
     });
     versions
-}
-
-/// Downloads the newest binary package `name` and unpacks it into `dir`; gives its version.
-pub(crate) fn unpack_binary(name: &str, dir: &Path) -> Result<String> {
-    let scratch = tempfile::tempdir()?;
-    output(apt_get(&["download", "-oAPT::Sandbox::User=root", name]).current_dir(scratch.path()))?;
-    let archive = only_entry(scratch.path(), Path::is_file)?;
-    output(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(dir))?;
-    let version = output(Command::new("dpkg-deb").arg("-f").arg(&archive).arg("Version"))?;
-    Ok(version.trim().to_owned())
-}
-
-/// The package that a metapackage such as `linux-image-amd64` depends on first.
-pub(crate) fn first_dependency(name: &str) -> Result<String> {
-    let listing = output(Command::new("apt-cache").args(["depends", "--important", name]))?;
-    listing
-        .lines()
-        .find_map(|line| line.trim().strip_prefix("Depends: "))
-        .map(str::to_owned)
-        .with_context(|| format!("apt knows no dependency of {name}"))
 }
 
 fn apt_get(arguments: &[&str]) -> Command {
@@ -233,7 +258,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_source_lines_keeps_main_of_suite_only() {
+    fn test_source_lines_keeps_main_of_the_machines_release_only() {
         let targets = "Packages http://mirror.test/d bookworm main\n\
                        DEP-11 http://mirror.test/d bookworm main\n\
                        Packages http://mirror.test/d bookworm main\n\
@@ -241,10 +266,10 @@ mod tests {
                        Packages http://mirror.test/d bookworm-backports main\n\
                        Packages http://mirror.test/d bookworm contrib\n";
         assert_eq!(
-            source_lines_from(targets, "deb-src"),
+            source_lines(targets, "deb-src", "trixie"),
             format!(
-                "deb-src [signed-by={KEYRING}] http://mirror.test/d bookworm main\n\
-                 deb-src [signed-by={KEYRING}] http://mirror.test/s bookworm-security main\n"
+                "deb-src [signed-by={KEYRING}] http://mirror.test/d trixie main\n\
+                 deb-src [signed-by={KEYRING}] http://mirror.test/s trixie-security main\n"
             )
         );
     }

@@ -25,7 +25,7 @@ const GUESTS: [(&str, GuestKind, u32); 2] =
 pub fn run(store: &Store) -> Result<u64> {
     let started_here = status(store)?.is_none();
     let lab = if started_here {
-        Images::build(store)?;
+        Images::build(store, &Shape::default().all_releases())?;
         Lab::up(store, Shape::default())?
     } else {
         eprintln!("demo: uses the lab that is up, and leaves it up");

@@ -59,7 +59,7 @@ impl Lab {
         if State::load(store)?.is_some() || network::exists() {
             bail!("A lab is up, or was not taken down: see `status`, or run `down` first");
         }
-        let images = Images::find(store)?;
+        let images = Images::find(store, &shape.all_releases())?;
         let started = Self::boot(store, images, shape);
         if started.is_err() {
             // The console logs stay in the state folder until the next `down`.
@@ -182,7 +182,7 @@ impl Lab {
         let lab = Self::new(store, images, shape);
         let state_dir = store.state_dir();
         for host in lab.hosts() {
-            state.processes.push(lab.machine(host, &state_dir).start()?);
+            state.processes.push(lab.machine(host, &state_dir)?.start()?);
             state.save(store)?;
         }
         let processes = state.processes.clone();
@@ -190,7 +190,7 @@ impl Lab {
             let process = processes.get(usize::from(host.number()) - 1);
             let process = *process.context("A host has no process")?;
             step(&format!("booted {}", host.name()), || {
-                wait_for_boot(&lab.machine(host, &state_dir), host, process)
+                wait_for_boot(&lab.machine(host, &state_dir)?, host, process)
             })?;
             host.connect()?;
             host.write_file(AGENT_PATH, "755", &fs::read(lab.images.clock_agent())?)?;
@@ -202,15 +202,15 @@ impl Lab {
         Ok(lab)
     }
 
-    fn machine<'a>(&'a self, host: &Host, state_dir: &'a std::path::Path) -> Machine<'a> {
-        Machine {
-            images: &self.images,
+    fn machine<'a>(&'a self, host: &Host, state_dir: &'a std::path::Path) -> Result<Machine<'a>> {
+        Ok(Machine {
+            images: self.images.host(self.shape.release(host.number()))?,
             state_dir,
             host: host.number(),
             hosts: self.shape.hosts,
             nics: self.shape.nics,
             vcpus: self.shape.vcpus,
-        }
+        })
     }
 }
 

@@ -6,7 +6,9 @@ use std::process::{ExitCode, Stdio};
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use rxl_lab::{Content, GuestKind, GuestSpec, Images, Lab, Shape, Store, demo, quote, status};
+use rxl_lab::{
+    Content, GuestKind, GuestSpec, Images, Lab, Release, Shape, Store, demo, quote, status,
+};
 
 /// Builds and runs Xen hosts in nested QEMU, on a machine without hardware virtualisation.
 #[derive(Parser)]
@@ -19,7 +21,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Build the images that a lab boots from, installing packages on this machine as needed.
-    Build,
+    Build {
+        /// Of which releases of Xen: 4.17 (Debian 12), 4.20 (Debian 13).
+        #[arg(long, value_name = "RELEASE,…", value_delimiter = ',', default_value = "4.17")]
+        xen: Vec<Release>,
+    },
     /// Boot the hosts: host1, host2, … at 10.77.NIC.HOST, root's ssh between them with no question.
     Up(UpArgs),
     /// Show the hosts and their domains.
@@ -55,6 +61,9 @@ struct UpArgs {
     /// Number of hosts, 1 to 3.
     #[arg(long, default_value_t = 2)]
     hosts: u8,
+    /// What host1, host2, … run: Xen 4.17 (on Debian 12) or 4.20 (13); the last is for the others.
+    #[arg(long, value_name = "RELEASE,…", value_delimiter = ',', default_value = "4.17")]
+    xen: Vec<Release>,
     /// Virtual CPUs of each host; more than 1 is slow in emulation.
     #[arg(long, default_value_t = 1)]
     vcpus: u8,
@@ -128,7 +137,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     let store = Store::open()?;
     match cli.command {
-        Verb::Build => drop(Images::build(&store)?),
+        Verb::Build { xen } => drop(Images::build(&store, &xen)?),
         Verb::Up(arguments) => drop(Lab::up(&store, arguments.into())?),
         Verb::Status => return show_status(&store),
         Verb::Down => Lab::down(&store)?,
@@ -209,8 +218,8 @@ fn print_line(line: &str) -> Result<()> {
 
 impl From<UpArgs> for Shape {
     fn from(arguments: UpArgs) -> Self {
-        let UpArgs { hosts, vcpus, nics, nic_rate } = arguments;
-        Self { hosts, vcpus, nics, nic_rate }
+        let UpArgs { hosts, xen: releases, vcpus, nics, nic_rate } = arguments;
+        Self { hosts, releases, vcpus, nics, nic_rate }
     }
 }
 

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use crate::image::Images;
+use crate::image::HostImages;
 use crate::network::{inside, tap_name};
 use crate::process::{ProcessId, output};
 
@@ -23,7 +23,7 @@ const CPU: &str = "max,-smap,-smep,-rdtscp,-xsave";
 /// What a host is made of.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine<'a> {
-    pub(crate) images: &'a Images,
+    pub(crate) images: &'a HostImages,
     pub(crate) state_dir: &'a Path,
     /// Number of this host, from 1.
     pub(crate) host: u8,
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn test_arguments_second_nic_has_own_tap_and_address() {
-        let images = Images::at(Path::new("/i"));
+        let images = HostImages::at(Path::new("/i"));
         let machine = Machine {
             images: &images,
             state_dir: Path::new("/s"),

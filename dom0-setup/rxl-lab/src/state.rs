@@ -1,6 +1,7 @@
 //! What is recorded of the running lab, and the lock that keeps two commands from changing it at
 //! once.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::image::Images;
 use crate::process::ProcessId;
+use crate::release::Release;
 use crate::store::Store;
 
 const FILE: &str = "lab.json";
@@ -21,6 +23,9 @@ const FILE: &str = "lab.json";
 pub struct Shape {
     /// Number of hosts, 1 to 3.
     pub hosts: u8,
+    /// What each of them runs, the last what those after it run; none is the usual one.
+    #[serde(default)]
+    pub releases: Vec<Release>,
     /// Virtual CPUs of each host and of its dom0.
     pub vcpus: u8,
     /// NICs of each host, each on a network of its own.
@@ -31,7 +36,23 @@ pub struct Shape {
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { hosts: 2, vcpus: 1, nics: 1, nic_rate: None }
+        Self { hosts: 2, releases: Vec::new(), vcpus: 1, nics: 1, nic_rate: None }
+    }
+}
+
+impl Shape {
+    /// What the host of that number, from 1, runs.
+    #[must_use]
+    pub fn release(&self, host: u8) -> Release {
+        let index = usize::from(host.saturating_sub(1));
+        self.releases.get(index).or(self.releases.last()).copied().unwrap_or_default()
+    }
+
+    /// All that hosts run.
+    #[must_use]
+    pub fn all_releases(&self) -> Vec<Release> {
+        let all: BTreeSet<Release> = (1..=self.hosts).map(|host| self.release(host)).collect();
+        all.into_iter().collect()
     }
 }
 

@@ -53,6 +53,9 @@ enum Suite {
         /// An HVM guest instead of a PV and a PVH guest
         #[arg(long)]
         hvm: bool,
+        /// From a host with Xen 4.17 to one with 4.20
+        #[arg(long, conflicts_with = "hvm")]
+        newer: bool,
     },
     /// Moves both guests there and back many times, then counts what is left behind
     Soak {
@@ -103,7 +106,13 @@ fn main() -> ExitCode {
         Some(Suite::Sim { seed: Some(seed), .. }) => sim::show(&mut tally, seed),
         Some(Suite::Sim { seeds, .. }) => sim::run(&mut tally, seeds),
         Some(Suite::Smoke) => in_lab(&mut tally, smoke::run),
-        Some(Suite::Interop { hvm }) => in_lab(&mut tally, |tally, session| {
+        Some(Suite::Interop { newer: true, .. }) => {
+            let opened = tally.case("the lab is up, with rxl on it", interop::open_newer);
+            if let Some(session) = opened {
+                interop::run_newer(&mut tally, &session);
+            }
+        }
+        Some(Suite::Interop { hvm, .. }) => in_lab(&mut tally, |tally, session| {
             interop::run(tally, session, hvm);
         }),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {

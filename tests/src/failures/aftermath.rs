@@ -79,7 +79,8 @@ pub(super) struct Things(BTreeMap<String, usize>);
 
 /// Locks are names of sockets; what maps a guest's memory has privcmd in its maps. What `/run` has
 /// of the tests' own connections is not the migration's; and how an rxl ended is kept in `/run/rxl`
-/// for a minute, for whoever waits for it. One that was killed has said no end.
+/// for a minute, for whoever waits for it. One that was killed has said no end. libxl notes which
+/// numbers of domains were used lately.
 const SCRIPT: &str = r#"
 ps -eo args= | grep -o '[d]omain-monitor' | sed 's/^/process /'
 grep -o '@rxl/.*' /proc/net/unix | sed 's/^/lock /'
@@ -87,7 +88,7 @@ for maps in $(grep -ls privcmd /proc/[0-9]*/maps); do
     echo "mapping by $(cat ${maps%maps}comm)"
 done
 xenstore-ls -f | sed 's/ = .*//; s/^/xenstore /'
-find /tmp /run /var/tmp /var/lib/xen -xdev | grep -vE '^/run/(sshd|rxl/)' | sed 's/^/file /'
+find /tmp /run /var/tmp /var/lib/xen -xdev | grep -vE '^/run/(sshd|rxl/|xen/domid-history)' | sed 's/^/file /'
 grep -L '"exit":' /run/rxl/* 2>/dev/null | sed 's/^/file /'
 true
 "#;

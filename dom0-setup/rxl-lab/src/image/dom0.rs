@@ -1,5 +1,4 @@
-//! A host's own Linux: root disk, kernel, initramfs, and the keys by which root moves between
-//! hosts with no question asked.
+//! A host's own Linux: root disk, kernel and initramfs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,19 +6,19 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
+use super::keys::{HOST_KEY, KNOWN_HOSTS, USER_KEY};
 use crate::cpio::Archive;
-use crate::debian::{SUITE, first_dependency, source_lines, unpack_binary};
+use crate::debian::Mirror;
 use crate::process::{output, output_with_input};
 use crate::progress::step;
+use crate::release::Release;
 use crate::store::ImageKey;
 
 pub(super) const KERNEL: &str = "vmlinuz";
 pub(super) const INITRAMFS: &str = "initramfs.cpio";
 pub(super) const ROOT_DISK: &str = "root.ext4";
-pub(super) const USER_KEY: &str = "id_ed25519";
-pub(super) const KNOWN_HOSTS: &str = "known_hosts";
 
 const KERNEL_PACKAGE: &str = "linux-image-amd64";
 const ROOT_DISK_SIZE: &str = "3G";
@@ -27,8 +26,9 @@ const ROOT_DISK_SIZE: &str = "3G";
 /// Where a host keeps the kernel that its guests boot.
 pub(crate) const GUEST_KERNEL_PATH: &str = "/var/lib/rxl-lab/vmlinuz";
 
-/// Packages of a host beside the minimal system. The libraries that a Rust toolstack links or
-/// loads are named, so that they stay when a package stops depending on them.
+/// Packages of a host beside the minimal system and those that have Xen's number in their names.
+/// The libraries that a Rust toolstack links or loads are named, so that they stay when a package
+/// stops depending on them.
 const PACKAGES: &[&str] = &[
     "busybox-static",
     "iproute2",
@@ -39,7 +39,6 @@ const PACKAGES: &[&str] = &[
     "libxenevtchn1",
     "libxenforeignmemory1",
     "libxengnttab1",
-    "libxenmisc4.17",
     "libxentoollog1",
     "openssh-client",
     "openssh-server",
@@ -48,10 +47,12 @@ const PACKAGES: &[&str] = &[
     "qemu-system-xen",
     "socat",
     "strace",
-    "xen-utils-4.17",
     "xen-utils-common",
     "xenstore-utils",
 ];
+
+/// Those; the number follows.
+const XEN_PACKAGES: [&str; 2] = ["libxenmisc", "xen-utils-"];
 
 /// What the initramfs must load before the root disk and the network are there.
 const INITRAMFS_MODULES: &[&str] =
@@ -66,20 +67,24 @@ const SSH_CONFIG: &str = include_str!("../../recipe/ssh_config");
 /// Raise it when the steps below change in a way that changes what they make.
 const RECIPE: &str = "1";
 
-pub(super) fn key() -> ImageKey {
-    let mut parts = vec![RECIPE, SUITE, KERNEL_PACKAGE, ROOT_DISK_SIZE];
-    parts.extend(PACKAGES);
+/// `keys` are the lab's.
+pub(super) fn key(release: Release, keys: &Path) -> ImageKey {
+    let packages = packages(release);
+    let keys = keys.file_name().unwrap_or_default().to_string_lossy();
+    let mut parts = vec![RECIPE, release.suite(), &keys, KERNEL_PACKAGE, ROOT_DISK_SIZE];
+    parts.extend(packages.iter().map(String::as_str));
     parts.extend(INITRAMFS_MODULES);
     parts.extend([INITRAMFS_INIT, BOOT_SCRIPT, INITTAB, SSHD_CONFIG, SSH_CONFIG]);
     ImageKey::over(parts.into_iter().map(str::as_bytes))
 }
 
-pub(super) fn build(image: &Path) -> Result<()> {
+pub(super) fn build(release: Release, keys: &Path, image: &Path) -> Result<()> {
     let scratch = tempfile::tempdir_in(image)?;
     let root = scratch.path().join("root");
-    step("installed Debian for the hosts", || install_debian(&root))?;
-    let kernel = step("unpacked the kernel", || install_kernel(image, &root))?;
-    make_keys(image, &root)?;
+    let mirror = Mirror::of(release)?;
+    step("installed Debian for the hosts", || install_debian(release, &mirror, &root))?;
+    let kernel = step("unpacked the kernel", || install_kernel(&mirror, image, &root))?;
+    install_keys(keys, &root)?;
     configure(&root)?;
     step("packed the root disk", || {
         write_initramfs(&root.join("lib/modules").join(&kernel), &image.join(INITRAMFS))?;
@@ -95,31 +100,36 @@ pub(super) fn build(image: &Path) -> Result<()> {
     Ok(())
 }
 
-fn install_debian(root: &Path) -> Result<()> {
+fn packages(release: Release) -> Vec<String> {
+    let of_xen = XEN_PACKAGES.iter().map(|name| format!("{name}{release}"));
+    PACKAGES.iter().map(|name| (*name).to_owned()).chain(of_xen).collect()
+}
+
+fn install_debian(release: Release, mirror: &Mirror, root: &Path) -> Result<()> {
     let mut command = Command::new("mmdebstrap");
     command
         .args(["--quiet", "--mode=root", "--variant=minbase"])
         .arg("--dpkgopt=path-exclude=/usr/share/doc/*")
         .arg("--dpkgopt=path-exclude=/usr/share/man/*")
         .arg("--dpkgopt=path-exclude=/usr/share/locale/*")
-        .arg(format!("--include={}", PACKAGES.join(",")))
-        .arg(SUITE)
+        .arg(format!("--include={}", packages(release).join(",")))
+        .arg(release.suite())
         .arg(root)
         .arg("-");
-    output_with_input(&mut command, source_lines("deb")?.as_bytes())?;
+    output_with_input(&mut command, mirror.binary_lines().as_bytes())?;
     Ok(())
 }
 
 /// Unpacks the kernel without its package scripts (they would build an initramfs that nothing
 /// uses); gives its release.
-fn install_kernel(image: &Path, root: &Path) -> Result<String> {
-    let package = first_dependency(KERNEL_PACKAGE)?;
+fn install_kernel(mirror: &Mirror, image: &Path, root: &Path) -> Result<String> {
+    let package = mirror.first_dependency(KERNEL_PACKAGE)?;
     let release = package
         .strip_prefix("linux-image-")
         .with_context(|| format!("{package} is not named as a kernel"))?
         .to_owned();
     let unpacked = tempfile::tempdir_in(image)?;
-    unpack_binary(&package, unpacked.path())?;
+    mirror.unpack_binary(&package, unpacked.path())?;
     let kernel = unpacked.path().join(format!("boot/vmlinuz-{release}"));
     fs::copy(&kernel, image.join(KERNEL))?;
     write(root, GUEST_KERNEL_PATH, 0o644, &fs::read(&kernel)?)?;
@@ -132,33 +142,20 @@ fn install_kernel(image: &Path, root: &Path) -> Result<String> {
     Ok(release)
 }
 
-/// One user key and one host key for the whole lab, new with each image.
-fn make_keys(image: &Path, root: &Path) -> Result<()> {
-    let generate = |path: &Path| {
-        output(
-            Command::new("ssh-keygen")
-                .args(["-q", "-t", "ed25519", "-N", "", "-C", "rxl-lab", "-f"])
-                .arg(path),
-        )
-    };
-    let user_key = image.join(USER_KEY);
-    generate(&user_key)?;
-    let user_public = fs::read(user_key.with_extension("pub"))?;
-    write(root, "/root/.ssh/id_ed25519", 0o600, &fs::read(&user_key)?)?;
-    write(root, "/root/.ssh/authorized_keys", 0o600, &user_public)?;
-
-    let host_key = root.join("etc/ssh/ssh_host_ed25519_key");
+fn install_keys(keys: &Path, root: &Path) -> Result<()> {
+    let public = |name: &str| fs::read(keys.join(name).with_extension("pub"));
+    write(root, "/root/.ssh/id_ed25519", 0o600, &fs::read(keys.join(USER_KEY))?)?;
+    write(root, "/root/.ssh/authorized_keys", 0o600, &public(USER_KEY)?)?;
     for kind in ["rsa", "ecdsa", "ed25519"] {
         for suffix in ["", ".pub"] {
             // The package made keys of its own; which kinds is not ours to know.
             let _ = fs::remove_file(root.join(format!("etc/ssh/ssh_host_{kind}_key{suffix}")));
         }
     }
-    generate(&host_key)?;
-    let known = format!("* {}", fs::read_to_string(host_key.with_extension("pub"))?);
-    write(root, "/etc/ssh/ssh_known_hosts", 0o644, known.as_bytes())?;
-    fs::write(image.join(KNOWN_HOSTS), known)?;
-    Ok(())
+    let host_key = format!("/etc/ssh/{HOST_KEY}");
+    write(root, &host_key, 0o600, &fs::read(keys.join(HOST_KEY))?)?;
+    write(root, &format!("{host_key}.pub"), 0o644, &public(HOST_KEY)?)?;
+    write(root, "/etc/ssh/ssh_known_hosts", 0o644, &fs::read(keys.join(KNOWN_HOSTS))?)
 }
 
 fn configure(root: &Path) -> Result<()> {
@@ -192,10 +189,14 @@ fn write_initramfs(modules: &Path, target: &Path) -> Result<()> {
     archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox")?);
     archive.file("init", 0o755, INITRAMFS_INIT.as_bytes());
     let dependencies = parse_dependencies(&fs::read_to_string(modules.join("modules.dep"))?);
+    let built_in = fs::read_to_string(modules.join("modules.builtin"))?;
+    let built_in: Vec<&str> = built_in.lines().map(module_name).collect();
+    let wanted: Vec<&str> =
+        INITRAMFS_MODULES.iter().copied().filter(|name| !built_in.contains(name)).collect();
     let mut order = String::new();
-    for path in load_order(&dependencies, INITRAMFS_MODULES)? {
-        let name = file_name(&path);
-        archive.file(&format!("modules/{name}"), 0o644, &fs::read(modules.join(&path))?);
+    for path in load_order(&dependencies, &wanted)? {
+        let name = module_name(&path);
+        archive.file(&format!("modules/{name}"), 0o644, &module(&modules.join(&path))?);
         order.push_str(name);
         order.push('\n');
     }
@@ -218,8 +219,7 @@ fn parse_dependencies(text: &str) -> BTreeMap<String, Vec<String>> {
 fn load_order(dependencies: &BTreeMap<String, Vec<String>>, names: &[&str]) -> Result<Vec<String>> {
     let mut order = Vec::new();
     for name in names {
-        let wanted = format!("{name}.ko");
-        let Some((path, needs)) = dependencies.iter().find(|(path, _)| file_name(path) == wanted)
+        let Some((path, needs)) = dependencies.iter().find(|(path, _)| module_name(path) == *name)
         else {
             bail!("The kernel has no module {name}");
         };
@@ -233,8 +233,20 @@ fn load_order(dependencies: &BTreeMap<String, Vec<String>>, names: &[&str]) -> R
     Ok(order)
 }
 
-fn file_name(path: &str) -> &str {
-    path.rsplit_once('/').map_or(path, |(_, name)| name)
+/// The name of a module, whether its file is compressed or not.
+fn module_name(path: &str) -> &str {
+    let file = path.rsplit_once('/').map_or(path, |(_, name)| name);
+    file.split_once(".ko").map_or(file, |(name, _)| name)
+}
+
+/// What is in a module's file: busybox loads none that is compressed.
+fn module(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(fs::read(path)?);
+    }
+    let unpacked = Command::new("xz").arg("-dc").arg(path).output().context("Cannot start xz")?;
+    ensure!(unpacked.status.success(), "{} cannot be unpacked", path.display());
+    Ok(unpacked.stdout)
 }
 
 fn xen_versions(dpkg_status: &str) -> String {
@@ -259,9 +271,10 @@ mod tests {
     #[test]
     fn test_load_order_shared_dependency_comes_once_and_first() {
         let text = "k/virtio.ko:\nk/ring.ko: k/virtio.ko\n\
-                    k/pci.ko: k/ring.ko k/virtio.ko\nk/blk.ko: k/ring.ko k/virtio.ko\n";
+                    k/pci.ko: k/ring.ko k/virtio.ko\nk/blk.ko.xz: k/ring.ko k/virtio.ko\n";
         let order = load_order(&parse_dependencies(text), &["pci", "blk"]).expect("all are there");
-        assert_eq!(order, ["k/virtio.ko", "k/ring.ko", "k/pci.ko", "k/blk.ko"]);
+        assert_eq!(order, ["k/virtio.ko", "k/ring.ko", "k/pci.ko", "k/blk.ko.xz"]);
+        assert_eq!(order.iter().map(|path| module_name(path)).next_back(), Some("blk"));
     }
 
     #[test]

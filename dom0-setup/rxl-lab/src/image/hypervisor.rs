@@ -1,38 +1,67 @@
-//! The hypervisor: Debian's source and configuration, with shadow paging switched on. Debian's own
-//! binary has it off, and then a PV guest has no log-dirty mode: "Failed to enable logdirty: 22".
+//! The hypervisor. Of 4.17 it is Debian's source and configuration, with shadow paging switched on:
+//! Debian's own binary has it off, and then a PV guest has no log-dirty mode ("Failed to enable
+//! logdirty: 22"). Of 4.20 it is that binary: PV guests can come there, but not leave while they run.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::thread::available_parallelism;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::debian::{SUITE, unpack_binary, unpack_source};
+use crate::debian::Mirror;
 use crate::process::output;
 use crate::progress::step;
+use crate::release::Release;
 use crate::store::ImageKey;
 
 const SOURCE_PACKAGE: &str = "xen";
-const BINARY_PACKAGE: &str = "xen-hypervisor-4.17-amd64";
 const CONFIG_CHANGE: &str = "CONFIG_SHADOW_PAGING=y";
 
 /// Raise it when the steps below change in a way that changes what they make.
 const RECIPE: &str = "1";
 
-pub(super) fn key() -> ImageKey {
-    let parts = [RECIPE, SUITE, SOURCE_PACKAGE, BINARY_PACKAGE, CONFIG_CHANGE];
+pub(super) fn key(release: Release) -> ImageKey {
+    let package = binary_package(release);
+    let parts = [RECIPE, release.suite(), SOURCE_PACKAGE, &package, CONFIG_CHANGE];
     ImageKey::over(parts.map(str::as_bytes))
 }
 
-pub(super) fn build(image: &Path) -> Result<()> {
+fn binary_package(release: Release) -> String {
+    format!("xen-hypervisor-{release}-amd64")
+}
+
+pub(super) fn build(release: Release, image: &Path) -> Result<()> {
+    match release {
+        Release::Xen417 => compile(release, image),
+        Release::Xen420 => take(release, image),
+    }
+}
+
+/// Debian's binary.
+fn take(release: Release, image: &Path) -> Result<()> {
+    let scratch = tempfile::tempdir_in(image)?;
+    let package = binary_package(release);
+    let version = Mirror::of(release)?.unpack_binary(&package, scratch.path())?;
+    let packed = scratch.path().join(format!("boot/xen-{release}-amd64.gz"));
+    let unpacked = Command::new("gzip").arg("-dc").arg(&packed).output();
+    let unpacked = unpacked.context("Cannot start gzip")?;
+    ensure!(unpacked.status.success(), "{} cannot be unpacked", packed.display());
+    fs::write(image.join("xen"), unpacked.stdout)?;
+    fs::write(image.join("versions"), format!("{package} {version}\n"))?;
+    Ok(())
+}
+
+/// Debian's source, with shadow paging.
+fn compile(release: Release, image: &Path) -> Result<()> {
     let scratch = tempfile::tempdir_in(image)?;
     let source = step("fetched Xen's source", || {
-        unpack_binary(BINARY_PACKAGE, scratch.path())?;
-        unpack_source(SOURCE_PACKAGE, scratch.path())
+        let mirror = Mirror::of(release)?;
+        mirror.unpack_binary(&binary_package(release), scratch.path())?;
+        mirror.unpack_source(SOURCE_PACKAGE, scratch.path())
     })?;
     let tree = source.join("xen");
-    configure(&scratch.path().join("boot/xen-4.17-amd64.config"), &tree)?;
+    configure(&scratch.path().join(format!("boot/xen-{release}-amd64.config")), &tree)?;
     step("compiled Xen", || {
         let jobs = available_parallelism().map_or(1, usize::from);
         output(make(&tree).arg(format!("-j{jobs}")))
@@ -47,7 +76,7 @@ pub(super) fn build(image: &Path) -> Result<()> {
 
 fn configure(debian_config: &Path, tree: &Path) -> Result<()> {
     let config = fs::read_to_string(debian_config)
-        .with_context(|| format!("{BINARY_PACKAGE} has no configuration file"))?;
+        .with_context(|| format!("The package has no {}", debian_config.display()))?;
     let target = tree.join(".config");
     fs::write(&target, with_change(&config))?;
     output(make(tree).arg("olddefconfig"))?;

@@ -1,8 +1,12 @@
-//! The three images of the lab, each with its own key, so that a change to the guest program does
-//! not compile Xen again:
+//! The images of the lab, each with its own key, so that a change to the guest program does not
+//! compile Xen again. For each release of Xen:
 //!
-//! - `hypervisor`: Xen from Debian's source package, with shadow paging ([`hypervisor`]);
-//! - `dom0`: root disk, kernel, initramfs and ssh keys of a host ([`dom0`]);
+//! - `hypervisor`: Xen, of 4.17 with shadow paging ([`hypervisor`]);
+//! - `dom0`: root disk, kernel and initramfs of a host ([`dom0`]);
+//!
+//! and for all:
+//!
+//! - `keys`: root's and the hosts' ssh keys ([`keys`]);
 //! - `guest`: the guest program's initramfs and the clock agent ([`guest`]).
 //!
 //! Keys are over what this tree says (recipes, package names, Debian's suite), not over the exact
@@ -12,36 +16,55 @@
 mod dom0;
 mod guest;
 mod hypervisor;
+mod keys;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::debian::{ensure_machine_packages, missing_packages};
+use crate::release::Release;
 use crate::store::Store;
 
-/// Folders of the built images.
+/// Folders of the built images that a lab boots from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Images {
+    keys: PathBuf,
+    guest: PathBuf,
+    hosts: BTreeMap<Release, HostImages>,
+}
+
+/// What a host of one release boots from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct HostImages {
     hypervisor: PathBuf,
     dom0: PathBuf,
-    guest: PathBuf,
 }
 
 impl Images {
-    /// Builds what is missing, installing packages on this machine first where needed.
-    pub fn build(store: &Store) -> Result<Self> {
+    /// Builds what is missing for hosts of `releases`, installing packages on this machine first
+    /// where needed.
+    pub fn build(store: &Store, releases: &[Release]) -> Result<Self> {
         ensure_machine_packages()?;
-        Ok(Self {
-            hypervisor: store.find_or_build("hypervisor", &hypervisor::key(), hypervisor::build)?,
-            dom0: store.find_or_build("dom0", &dom0::key(), dom0::build)?,
-            guest: Self::build_guest(store)?,
-        })
+        let keys = store.find_or_build("keys", &keys::key(), keys::build)?;
+        let host = |release: &Release| {
+            let release = *release;
+            let key = hypervisor::key(release);
+            let hypervisor = store
+                .find_or_build("hypervisor", &key, |image| hypervisor::build(release, image))?;
+            let key = dom0::key(release, &keys);
+            let dom0 =
+                store.find_or_build("dom0", &key, |image| dom0::build(release, &keys, image))?;
+            Ok((release, HostImages { hypervisor, dom0 }))
+        };
+        let hosts = releases.iter().map(host).collect::<Result<_>>()?;
+        Ok(Self { guest: Self::build_guest(store)?, keys, hosts })
     }
 
     /// The images if all of them, and the machine's packages, are there.
-    pub fn find(store: &Store) -> Result<Self> {
+    pub fn find(store: &Store, releases: &[Release]) -> Result<Self> {
         let missing = missing_packages()?;
         if !missing.is_empty() {
             bail!(
@@ -53,16 +76,19 @@ impl Images {
             Some(dir) => Ok(dir),
             None => bail!("The {kind} image is not built: run `dom0-setup/lab build`"),
         };
-        Ok(Self {
-            hypervisor: found("hypervisor", hypervisor::key())?,
-            dom0: found("dom0", dom0::key())?,
-            guest: found("guest", guest::key()?)?,
-        })
+        let keys = found("keys", keys::key())?;
+        let host = |release: &Release| {
+            let hypervisor = found("hypervisor", hypervisor::key(*release))?;
+            let dom0 = found("dom0", dom0::key(*release, &keys))?;
+            Ok((*release, HostImages { hypervisor, dom0 }))
+        };
+        let hosts = releases.iter().map(host).collect::<Result<_>>()?;
+        Ok(Self { guest: found("guest", guest::key()?)?, keys, hosts })
     }
 
-    #[cfg(test)]
-    pub(crate) fn at(dir: &Path) -> Self {
-        Self { hypervisor: dir.to_owned(), dom0: dir.to_owned(), guest: dir.to_owned() }
+    /// What hosts of a release boot from.
+    pub(crate) fn host(&self, release: Release) -> Result<&HostImages> {
+        self.hosts.get(&release).with_context(|| format!("no image of Xen {release}"))
     }
 
     /// Builds the guest image alone if its sources changed.
@@ -70,34 +96,14 @@ impl Images {
         store.find_or_build("guest", &guest::key()?, guest::build)
     }
 
-    /// Xen as an ELF file that QEMU's multiboot loader takes.
-    pub fn xen(&self) -> PathBuf {
-        self.hypervisor.join("xen")
-    }
-
-    /// The kernel of dom0; guests use it too.
-    pub fn kernel(&self) -> PathBuf {
-        self.dom0.join(dom0::KERNEL)
-    }
-
-    /// The initramfs of dom0.
-    pub fn initramfs(&self) -> PathBuf {
-        self.dom0.join(dom0::INITRAMFS)
-    }
-
-    /// The root disk of dom0, never written to.
-    pub fn root_disk(&self) -> PathBuf {
-        self.dom0.join(dom0::ROOT_DISK)
-    }
-
     /// The private key that logs in as root on every host.
     pub fn ssh_key(&self) -> PathBuf {
-        self.dom0.join(dom0::USER_KEY)
+        self.keys.join(keys::USER_KEY)
     }
 
     /// Host keys of the lab's hosts.
     pub fn known_hosts(&self) -> PathBuf {
-        self.dom0.join(dom0::KNOWN_HOSTS)
+        self.keys.join(keys::KNOWN_HOSTS)
     }
 
     /// The clock agent, a static program for the hosts.
@@ -108,6 +114,33 @@ impl Images {
     /// The client of connections without encryption, a static program for the hosts.
     pub fn plain_client(&self) -> PathBuf {
         self.guest.join(guest::PLAIN_CLIENT)
+    }
+}
+
+impl HostImages {
+    #[cfg(test)]
+    pub(crate) fn at(dir: &Path) -> Self {
+        Self { hypervisor: dir.to_owned(), dom0: dir.to_owned() }
+    }
+
+    /// Xen as an ELF file that QEMU's multiboot loader takes.
+    pub(crate) fn xen(&self) -> PathBuf {
+        self.hypervisor.join("xen")
+    }
+
+    /// The kernel of dom0; guests use it too.
+    pub(crate) fn kernel(&self) -> PathBuf {
+        self.dom0.join(dom0::KERNEL)
+    }
+
+    /// The initramfs of dom0.
+    pub(crate) fn initramfs(&self) -> PathBuf {
+        self.dom0.join(dom0::INITRAMFS)
+    }
+
+    /// The root disk of dom0, never written to.
+    pub(crate) fn root_disk(&self) -> PathBuf {
+        self.dom0.join(dom0::ROOT_DISK)
     }
 }
 
