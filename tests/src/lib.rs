@@ -12,6 +12,8 @@ pub mod background;
 pub mod bad_input;
 pub mod bench;
 pub mod census;
+pub mod devices;
+pub mod drop_in;
 pub mod evacuate;
 pub mod extents;
 pub mod failures;

@@ -13,6 +13,7 @@
 //! Its options come from the kernel's command line, see [`options`].
 
 mod console;
+mod devices;
 mod memory;
 mod options;
 mod pattern;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::console::Console;
+use crate::devices::Disk;
 use crate::memory::GuestMemory;
 use crate::options::Options;
 use crate::report::Reporter;
@@ -57,6 +59,7 @@ fn run(console: &Console) -> Result<()> {
         suspend::ignore_requests().context("Cannot stop listening for suspend requests")?;
         console.line("rxl-guest: suspend requests are not listened to");
     }
+    let has_devices = devices::prepare().context("No devices")?;
     let bytes = system::memory_to_take(options.leave_mib)?;
     let memory = Arc::new(GuestMemory::allocate(bytes, options.content, options.seed)?);
     memory.fill();
@@ -75,7 +78,13 @@ fn run(console: &Console) -> Result<()> {
         let memory = Arc::clone(&memory);
         move || memory.check_in_background()
     })?;
-    let reporter = Arc::new(Reporter::new(memory, writer, ticker));
+    let disk = Arc::new(Disk::default());
+    if has_devices {
+        devices::echo()?;
+        let disk = Arc::clone(&disk);
+        spawn("disk", move || disk.run())?;
+    }
+    let reporter = Arc::new(Reporter::new(memory, writer, ticker, disk));
     spawn("status", {
         let (console, reporter) = (console.clone(), Arc::clone(&reporter));
         move || loop {

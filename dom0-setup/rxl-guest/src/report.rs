@@ -1,11 +1,13 @@
 //! What the guest says about itself.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::time::ClockId;
 use serde::Serialize;
 
+use crate::devices::Disk;
 use crate::memory::GuestMemory;
 use crate::ticker::{Ticker, Ticks, now};
 use crate::writer::Writer;
@@ -18,6 +20,7 @@ pub(crate) struct Reporter {
     memory: Arc<GuestMemory>,
     writer: Arc<Writer>,
     ticker: Arc<Ticker>,
+    disk: Arc<Disk>,
 }
 
 #[derive(Debug, Serialize)]
@@ -34,11 +37,18 @@ struct Report {
     ticks: u64,
     longest_gap_ms: f64,
     suspended_ms: f64,
+    disk_blocks: u64,
+    disk_errors: u64,
 }
 
 impl Reporter {
-    pub(crate) fn new(memory: Arc<GuestMemory>, writer: Arc<Writer>, ticker: Arc<Ticker>) -> Self {
-        Self { memory, writer, ticker }
+    pub(crate) fn new(
+        memory: Arc<GuestMemory>,
+        writer: Arc<Writer>,
+        ticker: Arc<Ticker>,
+        disk: Arc<Disk>,
+    ) -> Self {
+        Self { memory, writer, ticker, disk }
     }
 
     /// Verifies all memory and begins a new measurement of the longest gap.
@@ -71,6 +81,8 @@ impl Reporter {
             ticks: ticks.count,
             longest_gap_ms: rounded(ticks.longest_gap.as_secs_f64() * 1e3),
             suspended_ms: rounded(ticks.suspended.as_secs_f64() * 1e3),
+            disk_blocks: self.disk.blocks.load(Ordering::Relaxed),
+            disk_errors: self.disk.errors.load(Ordering::Relaxed),
         };
         serde_json::to_string(&report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::devices;
 use crate::host::{Host, quote};
 use crate::image::{GUEST_KERNEL_PATH, Images, guest_initramfs};
 use crate::lab::Lab;
@@ -62,6 +63,8 @@ pub struct GuestSpec {
     pub content: Content,
     /// Whether it never answers a request to suspend, though it goes on running.
     pub ignores_suspend: bool,
+    /// Whether it has a network card and a disk: see [`Lab::provide_devices`].
+    pub has_devices: bool,
 }
 
 impl GuestSpec {
@@ -77,13 +80,23 @@ impl GuestSpec {
             leave_mib: None,
             content: Content::Random,
             ignores_suspend: false,
+            has_devices: false,
         }
     }
 
     /// The domain's configuration as xl reads it.
     fn config(&self, initramfs: &str) -> String {
         let kind = self.kind;
-        let devices = match kind {
+        let initramfs = if self.has_devices { devices::INITRAMFS_PATH } else { initramfs };
+        let more = match self.has_devices {
+            true => format!(
+                "vif = [\"bridge=xenbr0\"]\ndisk = [\"format=raw,vdev=xvda,access=rw,\
+                 backendtype=phy,target={}\"]\n",
+                devices::DISK_PATH
+            ),
+            false => String::new(),
+        };
+        let console = match kind {
             GuestKind::Pv | GuestKind::Pvh => "",
             GuestKind::Hvm => "serial = \"pty\"\nvga = \"none\"\nnographic = 1\n",
         };
@@ -91,7 +104,7 @@ impl GuestSpec {
             "name = \"{}\"\ntype = \"{kind}\"\nmemory = {mem}\nmaxmem = {mem}\nvcpus = {}\n\
              kernel = \"{GUEST_KERNEL_PATH}\"\nramdisk = \"{initramfs}\"\nextra = \"{}\"\n\
              on_poweroff = \"destroy\"\non_reboot = \"destroy\"\non_crash = \"preserve\"\n\
-             {devices}",
+             {console}{more}",
             self.name,
             self.vcpus,
             self.command_line(),
@@ -154,6 +167,12 @@ pub struct GuestReport {
     pub longest_gap_ms: f64,
     /// Time suspended since the last check, as the guest's kernel knows it.
     pub suspended_ms: f64,
+    /// Blocks of its disk that were written and read again, since it has one.
+    #[serde(default)]
+    pub disk_blocks: u64,
+    /// Those with which that failed.
+    #[serde(default)]
+    pub disk_errors: u64,
 }
 
 impl Lab {
@@ -231,7 +250,7 @@ impl Lab {
     }
 
     /// Puts the guests' initramfs on all hosts if it is not there; gives its path.
-    fn provide_initramfs(&self) -> Result<String> {
+    pub(crate) fn provide_initramfs(&self) -> Result<String> {
         let image = Images::build_guest(self.store())?;
         let key = image.file_name().unwrap_or_default().to_string_lossy();
         let path = format!("/var/lib/rxl-lab/{key}.cpio");

@@ -24,6 +24,7 @@ pub mod clock;
 mod cpio;
 mod debian;
 pub mod demo;
+mod devices;
 mod guest;
 mod host;
 mod image;
@@ -41,6 +42,7 @@ mod saving;
 mod state;
 mod store;
 
+pub use crate::devices::guest_address;
 pub use crate::guest::{Content, GuestKind, GuestReport, GuestSpec};
 pub use crate::host::{COMMAND_TIMEOUT, Finished, Host, quote};
 pub use crate::image::Images;

@@ -235,6 +235,7 @@ impl From<StartArgs> for GuestSpec {
             leave_mib: arguments.leave,
             content: arguments.content,
             ignores_suspend: arguments.no_suspend,
+            has_devices: false,
         }
     }
 }

@@ -135,6 +135,8 @@ pub struct Sent {
     pub encrypted: bool,
     /// What the way carried, with all headers, in MiB.
     pub mib: f64,
+    /// The most that the sender's processes had resident, in MiB.
+    pub peak_mib: f64,
     /// From the start of the helpers to their end.
     pub took: Duration,
     /// What was carried with nothing left out in the clear, over what was carried.
@@ -147,7 +149,7 @@ impl Sent {
     /// One line of JSON.
     #[must_use]
     pub fn json(&self) -> String {
-        let Sent { rate, reduce, encrypted, mib, less, time_ratio, .. } = self;
+        let Sent { rate, reduce, encrypted, mib, peak_mib, less, time_ratio, .. } = self;
         let (content, ms) = (self.content.name(), self.took.as_millis());
         let rate = match rate {
             Rate::Full => "null".to_owned(),
@@ -156,14 +158,14 @@ impl Sent {
         format!(
             "{{\"content\":\"{content}\",\"rate_mbit\":{rate},\"reduce\":\"{reduce}\",\
              \"encrypted\":{encrypted},\"mib\":{mib:.1},\"ms\":{ms},\"less\":{less:.2},\
-             \"time_ratio\":{time_ratio:.3}}}"
+             \"time_ratio\":{time_ratio:.3},\"peak_mib\":{peak_mib:.1}}}"
         )
     }
 
     /// One line for a reader.
     #[must_use]
     pub fn text(&self) -> String {
-        let Sent { rate, reduce, mib, less, time_ratio, took, .. } = self;
+        let Sent { rate, reduce, mib, peak_mib, less, time_ratio, took, .. } = self;
         let sealed = if self.encrypted { "encrypted" } else { "" };
         let (content, seconds) = (self.content.name(), took.as_secs_f64());
         let rate = match rate {
@@ -172,7 +174,7 @@ impl Sent {
         };
         format!(
             "{content:<9}{rate:>11}  {reduce:<11}{sealed:<10}{mib:>8.1} MiB {seconds:>8.2} s  \
-             {less:>6.2} times less, {time_ratio:.3} of the time"
+             {less:>6.2} times less, {time_ratio:.3} of the time, {peak_mib:.0} MiB of memory"
         )
     }
 }
@@ -181,6 +183,7 @@ impl Sent {
 #[derive(Clone, Copy, Debug)]
 struct Run {
     bytes: u64,
+    peak_kib: u64,
     took: Duration,
 }
 
@@ -240,6 +243,7 @@ fn measure(
             reduce,
             encrypted,
             mib: over_rounds(index, |run, _| run.bytes as f64 / f64::from(1 << 20)),
+            peak_mib: over_rounds(index, |run, _| run.peak_kib as f64 / 1024.0),
             took: Duration::from_secs_f64(over_rounds(index, |run, _| run.took.as_secs_f64())),
             less: over_rounds(index, |run, none| none.bytes as f64 / run.bytes as f64),
             time_ratio: over_rounds(index, |run, none| run.took.div_duration_f64(none.took)),
@@ -280,7 +284,8 @@ fn one(bench: &Bench, source: &Side, hot: &[u64], kind: Kind) -> Result<Run> {
     let differences = compare(&source.domain, &target.domain, &WIRING, &rings);
     ensure!(differences.is_empty(), "the copy differs: {differences:?}");
     source.domain.resume();
-    Ok(Run { bytes, took: saved.took.max(restored.took) })
+    let peak_kib = saved.used.peak_kib;
+    Ok(Run { bytes, peak_kib, took: saved.took.max(restored.took) })
 }
 
 /// The guest writes to its `hot` pages until it is `over`.
@@ -349,10 +354,11 @@ mod tests {
         let (content, rate, reduce) = (Content::Idle, Rate::Mbit(200), "zero");
         let (mib, took, less, time_ratio) = (25.64, Duration::from_millis(1500), 9.98, 0.1);
         let encrypted = false;
-        let sent = Sent { content, rate, reduce, encrypted, mib, took, less, time_ratio };
+        let peak_mib = 30.0;
+        let sent = Sent { content, rate, reduce, encrypted, mib, peak_mib, took, less, time_ratio };
         let expected = r#"{"content":"idle","rate_mbit":200,"reduce":"zero","encrypted":false,"#
             .to_owned()
-            + r#""mib":25.6,"ms":1500,"less":9.98,"time_ratio":0.100}"#;
+            + r#""mib":25.6,"ms":1500,"less":9.98,"time_ratio":0.100,"peak_mib":30.0}"#;
         assert_eq!(sent.json(), expected);
         assert!(Sent { rate: Rate::Full, ..sent }.json().contains(r#""rate_mbit":null,"#));
     }

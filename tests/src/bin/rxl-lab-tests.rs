@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
-    bad_input, evacuate, extents, failures, fake, fuzz, interop, kmod, readme, report, restless,
-    sim, smoke, soak, unit,
+    bad_input, devices, drop_in, evacuate, extents, failures, fake, fuzz, interop, kmod, readme,
+    report, restless, sim, smoke, soak, unit,
 };
 
 /// Seeds of the simulator that CI runs: some ten seconds.
@@ -62,6 +62,14 @@ enum Suite {
         /// How many times
         #[arg(long, default_value_t = 20)]
         rounds: u32,
+    },
+    /// Guests with a network card and a disk: a TCP session goes on over every move
+    Devices,
+    /// A script that drives xl, with the stock xl and with rxl in its place
+    DropIn {
+        /// Write docs/drop-in.md anew
+        #[arg(long)]
+        update: bool,
     },
     /// Migrations that have to fail without harm to the guest
     BadInput,
@@ -117,6 +125,14 @@ fn main() -> ExitCode {
         }),
         Some(Suite::Soak { rounds }) => in_lab(&mut tally, |tally, session| {
             soak::run(tally, session, rounds);
+        }),
+        Some(Suite::Devices) => {
+            if let Some(session) = tally.case("the lab is up, with rxl on it", devices::open) {
+                devices::run(&mut tally, &session);
+            }
+        }
+        Some(Suite::DropIn { update }) => in_lab(&mut tally, |tally, session| {
+            drop_in::run(tally, session, update);
         }),
         Some(Suite::BadInput) => in_lab(&mut tally, bad_input::run),
         Some(Suite::Evacuate) => {

@@ -88,7 +88,8 @@ for maps in $(grep -ls privcmd /proc/[0-9]*/maps); do
     echo "mapping by $(cat ${maps%maps}comm)"
 done
 xenstore-ls -f | sed 's/ = .*//; s/^/xenstore /'
-find /tmp /run /var/tmp /var/lib/xen -xdev | grep -vE '^/run/(sshd|rxl/|xen/domid-history)' | sed 's/^/file /'
+find /tmp /run /var/tmp /var/lib/xen -xdev |
+    grep -vE '^/run/(sshd|rxl/|xen/domid-history)' | sed 's/^/file /'
 grep -L '"exit":' /run/rxl/* 2>/dev/null | sed 's/^/file /'
 true
 "#;

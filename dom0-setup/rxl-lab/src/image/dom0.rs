@@ -134,10 +134,11 @@ fn install_kernel(mirror: &Mirror, image: &Path, root: &Path) -> Result<String> 
     fs::copy(&kernel, image.join(KERNEL))?;
     write(root, GUEST_KERNEL_PATH, 0o644, &fs::read(&kernel)?)?;
     fs::create_dir_all(root.join("lib/modules"))?;
-    fs::rename(
-        unpacked.path().join("lib/modules").join(&release),
-        root.join("lib/modules").join(&release),
-    )?;
+    // Packages of a system whose /lib is /usr/lib have them there.
+    let places = ["lib/modules", "usr/lib/modules"];
+    let found = places.map(|place| unpacked.path().join(place).join(&release));
+    let modules = found.iter().find(|place| place.exists()).context("A kernel without modules")?;
+    fs::rename(modules, root.join("lib/modules").join(&release))?;
     output(Command::new("depmod").arg("-b").arg(root).arg(&release))?;
     Ok(release)
 }

@@ -1,6 +1,7 @@
 //! The hypervisor. Of 4.17 it is Debian's source and configuration, with shadow paging switched on:
 //! Debian's own binary has it off, and then a PV guest has no log-dirty mode ("Failed to enable
-//! logdirty: 22"). Of 4.20 it is that binary: PV guests can come there, but not leave while they run.
+//! logdirty: 22"). Of 4.20 it is that binary: PV guests can come there, but not leave while they
+//! run.
 
 use std::fs;
 use std::path::Path;

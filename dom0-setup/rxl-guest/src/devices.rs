@@ -1,0 +1,98 @@
+//! Devices of the guest, if it has some: a network card at which every line comes back that is sent
+//! to it, and a disk that is written and read all the time.
+//!
+//! What it takes to have them (drivers, addresses) is in `/devices`, a script that the host has put
+//! into the initramfs with all that it needs; without it there are none.
+
+use std::fs::OpenOptions;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use rustix::fs::OFlags;
+
+const SCRIPT: &str = "/devices";
+const DISK: &str = "/dev/xvda";
+/// Where a connection gets back what it sends (RFC 862).
+const ECHO_PORT: u16 = 7;
+/// Between two blocks that are written.
+const DISK_PAUSE: Duration = Duration::from_millis(50);
+/// The part of the disk that is used, and what is written of it at a time.
+const DISK_BLOCKS: u64 = 1024;
+const BLOCK_BYTES: usize = 4096;
+
+/// A block that is aligned as direct transfers need it.
+#[repr(align(4096))]
+struct Block([u8; BLOCK_BYTES]);
+
+/// What has been done with the disk.
+#[derive(Debug, Default)]
+pub(crate) struct Disk {
+    pub(crate) blocks: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+/// Whether there are devices; then they are there afterwards, with their addresses.
+pub(crate) fn prepare() -> Result<bool> {
+    if !Path::new(SCRIPT).exists() {
+        return Ok(false);
+    }
+    let status = Command::new("/bin/busybox").args(["sh", "-e", SCRIPT]).status();
+    let status = status.context("Cannot start busybox")?;
+    ensure!(status.success(), "{SCRIPT}: {status}");
+    Ok(true)
+}
+
+/// Sends back what comes, over as many connections as there are.
+pub(crate) fn echo() -> Result<()> {
+    let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).context("Cannot listen")?;
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            thread::spawn(move || answer(stream));
+        }
+    });
+    Ok(())
+}
+
+fn answer(mut stream: TcpStream) {
+    let mut bytes = [0; 4096];
+    while let Ok(count @ 1..) = stream.read(&mut bytes) {
+        if stream.write_all(bytes.get(..count).unwrap_or_default()).is_err() {
+            return;
+        }
+    }
+}
+
+impl Disk {
+    /// Writes block after block, past the kernel's cache, and reads each again.
+    pub(crate) fn run(&self) {
+        for number in 1_u64.. {
+            match transfer(number) {
+                Ok(()) => self.blocks.fetch_add(1, Ordering::Relaxed),
+                Err(_) => self.errors.fetch_add(1, Ordering::Relaxed),
+            };
+            thread::sleep(DISK_PAUSE);
+        }
+    }
+}
+
+fn transfer(number: u64) -> Result<()> {
+    let direct = i32::try_from(OFlags::DIRECT.bits())?;
+    let mut disk = OpenOptions::new().read(true).write(true).custom_flags(direct).open(DISK)?;
+    let place = SeekFrom::Start(number % DISK_BLOCKS * BLOCK_BYTES as u64);
+    let mut written = Block([0; BLOCK_BYTES]);
+    written.0.as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = number.to_le_bytes());
+    disk.seek(place)?;
+    disk.write_all(&written.0)?;
+    let mut read = Block([0; BLOCK_BYTES]);
+    disk.seek(place)?;
+    disk.read_exact(&mut read.0)?;
+    ensure!(read.0 == written.0, "another block came back");
+    Ok(())
+}
