@@ -2,6 +2,8 @@
 //! The drivers are modules of the hosts' kernel, which guests boot as well, so an initramfs with
 //! them is made on the hosts.
 //!
+//! Xen's scripts for devices look for `/dev/stdin`, which nobody but udev makes.
+//!
 //! The bridge has the hosts' second NIC, so that a guest is reached at one address wherever it is.
 //! A disk's content does not move with its guest: each host has a file of its own.
 
@@ -66,6 +68,7 @@ impl Lab {
                  (cd $d; find . | busybox cpio -o -H newc) > $d.cpio\n\
                  cat {initramfs} $d.cpio > {INITRAMFS_PATH}; rm -r $d $d.cpio\n\
                  truncate -s 64M {DISK_PATH}\n\
+                 ln -sfn /proc/self/fd /dev/fd; ln -sf fd/0 /dev/stdin\n\
                  ip address flush dev eth{NIC}; ip link set eth{NIC} master xenbr0\n\
                  ip address replace {own}/24 dev xenbr0; ip link set xenbr0 up"
             ))
