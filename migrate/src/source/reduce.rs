@@ -23,9 +23,9 @@ use crate::source::shares::RUN_PAGES;
 use crate::stream::libxc::PageEntry;
 use crate::stream::reduced::{self, Agreed, Builder, Reduce, Reduced};
 
-/// Digests that are kept: of 1 GiB of pages. 24 bytes for each, 6 MiB.
+/// Digests that are kept by all links together: of 1 GiB of pages. 24 bytes for each, 6 MiB.
 const DIGESTS_MAX: usize = 1 << 18;
-/// Copies that are kept, of pages that were sent more than once: 16 MiB.
+/// Copies that they keep, of pages that were sent more than once: 16 MiB.
 const COPIES_MAX: usize = 1 << 12;
 /// Bytes of pages after which a record ends: a connection has as much on its way while the next is
 /// made.
@@ -85,7 +85,7 @@ impl<'a> Reducer<'a> {
             agreed,
             clock,
             effort: Effort::new(agreed.reduce.has(Reduce::ALWAYS)),
-            known: Known::default(),
+            known: Known::of(agreed.links),
             builder: Builder::default(),
             level: Level::Nothing,
             looked: Duration::ZERO,
@@ -239,8 +239,10 @@ fn is_zero(page: &PageBuf) -> bool {
 
 /// What the receiver has of pages, as far as that is known: each slot has the latest of those
 /// that share it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
+    digests_max: usize,
+    copies_max: usize,
     /// Pfn and one more; 0: nothing. Empty until there is something.
     pfns: Vec<u64>,
     digests: Vec<u128>,
@@ -253,29 +255,37 @@ fn slot(pfn: Pfn, slots: usize) -> usize {
 }
 
 impl Known {
+    /// What one of `links` links may know.
+    fn of(links: u8) -> Known {
+        let links = usize::from(links.max(1));
+        let (digests_max, copies_max) = (DIGESTS_MAX / links, COPIES_MAX / links);
+        let (pfns, digests, copies) = (Vec::new(), Vec::new(), Vec::new());
+        Known { digests_max, copies_max, pfns, digests, copies }
+    }
+
     fn is_empty(&self) -> bool {
         self.pfns.is_empty()
     }
 
     fn digest(&self, pfn: Pfn) -> Option<u128> {
-        let slot = slot(pfn, DIGESTS_MAX);
+        let slot = slot(pfn, self.digests_max);
         let known = self.pfns.get(slot).is_some_and(|known| *known == pfn.0.wrapping_add(1));
         self.digests.get(slot).copied().filter(|_| known)
     }
 
     /// What the digest is of, if there is a copy of it.
     fn copy(&self, pfn: Pfn) -> Option<&PageBuf> {
-        let copy = self.copies.get(slot(pfn, COPIES_MAX))?.as_ref();
+        let copy = self.copies.get(slot(pfn, self.copies_max))?.as_ref();
         copy.filter(|(of, _)| *of == pfn).map(|(_, page)| page.as_ref())
     }
 
     fn remember(&mut self, pfn: Pfn, digest: u128, page: &PageBuf, copy: bool) {
         if self.pfns.is_empty() {
-            self.pfns = vec![0; DIGESTS_MAX];
-            self.digests = vec![0; DIGESTS_MAX];
+            self.pfns = vec![0; self.digests_max];
+            self.digests = vec![0; self.digests_max];
         }
         self.forget(pfn);
-        let index = slot(pfn, DIGESTS_MAX);
+        let index = slot(pfn, self.digests_max);
         if let (Some(known), Some(known_digest)) =
             (self.pfns.get_mut(index), self.digests.get_mut(index))
         {
@@ -283,9 +293,9 @@ impl Known {
         }
         if copy {
             if self.copies.is_empty() {
-                self.copies.resize_with(COPIES_MAX, || None);
+                self.copies.resize_with(self.copies_max, || None);
             }
-            if let Some(there) = self.copies.get_mut(slot(pfn, COPIES_MAX)) {
+            if let Some(there) = self.copies.get_mut(slot(pfn, self.copies_max)) {
                 let (of, content) = there.get_or_insert_with(|| (pfn, PageBuf::zeroed()));
                 *of = pfn;
                 content.0 = page.0;
@@ -294,12 +304,12 @@ impl Known {
     }
 
     fn forget(&mut self, pfn: Pfn) {
-        if let Some(known) = self.pfns.get_mut(slot(pfn, DIGESTS_MAX))
+        if let Some(known) = self.pfns.get_mut(slot(pfn, self.digests_max))
             && *known == pfn.0.wrapping_add(1)
         {
             *known = 0;
         }
-        if let Some(Some((of, _))) = self.copies.get_mut(slot(pfn, COPIES_MAX))
+        if let Some(Some((of, _))) = self.copies.get_mut(slot(pfn, self.copies_max))
             && *of == pfn
         {
             *of = Pfn(u64::MAX);
@@ -314,7 +324,7 @@ mod tests {
     use crate::stream::libxc::{RECORD_HEADER_BYTES, RecordHeader};
 
     fn reducer(reduce: Reduce) -> Reducer<'static> {
-        let agreed = Agreed { reduce: reduce.or(Reduce::ALWAYS), seed: 3 };
+        let agreed = Agreed { reduce: reduce.or(Reduce::ALWAYS), seed: 3, links: 1 };
         let clock = Box::new(|| Duration::ZERO);
         Reducer::new(Reducing { agreed, clock }).unwrap()
     }
@@ -379,6 +389,21 @@ mod tests {
         let other = 70 + DIGESTS_MAX as u64;
         assert_eq!(send(&mut all, other, &now, &mut noise(6)), PAGE_SIZE);
         assert_eq!(send(&mut all, 70, &now, &mut had), PAGE_SIZE);
+    }
+
+    #[test]
+    fn many_links_know_no_more_together_than_one_alone() {
+        let all = Known::of(64);
+        assert!(64 * all.digests_max <= DIGESTS_MAX && 64 * all.copies_max <= COPIES_MAX);
+        assert!(all.digests_max > 0 && all.copies_max > 0);
+        let agreed = Agreed { reduce: Reduce::ALL, seed: 3, links: u8::MAX };
+        let clock = Box::new(|| Duration::ZERO);
+        let mut all = Reducer::new(Reducing { agreed, clock }).unwrap();
+        // Each pair shares a slot of the digests.
+        let mut had = noise(0);
+        for pfn in [7, 7 + all.known.digests_max as u64, 7] {
+            assert_eq!(send(&mut all, pfn, &noise(1), &mut had), PAGE_SIZE);
+        }
     }
 
     #[test]

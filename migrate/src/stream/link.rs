@@ -176,7 +176,7 @@ impl Offer {
     #[must_use]
     pub fn agreed(&self, reduce: Reduce) -> Agreed {
         let reduce = self.reduce.and(reduce.or(Reduce::ALWAYS));
-        Agreed { reduce, seed: self.secret.seed() }
+        Agreed { reduce, seed: self.secret.seed(), links: self.links }
     }
 
     /// The record. `None` where it would be too long.

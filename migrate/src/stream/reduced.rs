@@ -136,6 +136,8 @@ pub struct Agreed {
     pub reduce: Reduce,
     /// Goes into all digests, so that nobody can make pages of equal digest on purpose.
     pub seed: u64,
+    /// How many links there may be: the memory of a sender for what is known is divided among them.
+    pub links: u8,
 }
 
 impl Agreed {
@@ -406,7 +408,7 @@ mod tests {
     use super::*;
     use crate::frame::Pfn;
 
-    const AGREED: Agreed = Agreed { reduce: Reduce::ALL, seed: 7 };
+    const AGREED: Agreed = Agreed { reduce: Reduce::ALL, seed: 7, links: 1 };
 
     fn normal(pfn: u64) -> PageEntry {
         PageEntry { pfn: Pfn(pfn), kind: PageType::Normal }

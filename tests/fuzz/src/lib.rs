@@ -43,7 +43,7 @@ static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
 const MIB: usize = 1 << 20;
 
 /// What both ends of every link know: all that may be left out of pages is.
-const AGREED: Agreed = Agreed { reduce: Reduce::ALL, seed: 7 };
+const AGREED: Agreed = Agreed { reduce: Reduce::ALL, seed: 7, links: 1 };
 
 /// One function over bytes.
 #[derive(Clone, Copy, Debug)]
