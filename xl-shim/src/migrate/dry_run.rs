@@ -24,7 +24,7 @@ use crate::guard::{Guard, Ward};
 use crate::history::History;
 use crate::host::{self, Progress};
 use crate::outgoing::Guest;
-use crate::output::Screen;
+use crate::output::{self, Screen};
 use crate::report;
 
 const MIB: f64 = 1_048_576.0;
@@ -89,7 +89,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs, screen: &Screen) -> any
     let rate = rate(args, &history);
     let estimate = estimate(&looked, rate.bytes_a_second, ways.policy.0);
     for line in lines(&guest.name, args, &looked, &rate, &estimate, ways.policy.0) {
-        screen.line(&line);
+        output::stdout(&(line + "\n"));
     }
     for path in &args.report {
         write(path, &told(&guest.name, &args.host, &looked, &rate, &estimate))?;
