@@ -70,8 +70,8 @@ fn on_all(session: &Session, script: &str) -> Result<()> {
     session.lab().on_all_hosts(|host| host.run(script)).map(drop)
 }
 
-/// Lines that scripts look for, without the numbers in them. Those of the other host come last: they
-/// travel by themselves, and so have no order beside this host's.
+/// Lines that scripts look for, without the numbers in them. Those of the other host come last:
+/// they travel by themselves, and so have no order beside this host's.
 fn looked_for(said: &str) -> Vec<String> {
     let lines = said.lines().filter(|line| LOOKED_FOR.iter().any(|start| line.starts_with(start)));
     let (there, here): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with(TARGETS));
