@@ -143,8 +143,10 @@ fn settled(session: &Session, here: &Host, finished: &Finished, then: Then) -> R
             session.host(2)?.run_within("rxl restore F", TIMEOUT)?;
             home(session, false)?;
         }
-        Built | Cancelled | Moved | MovedByTls => home(session, false)?,
+        Moved | MovedByTls => home(session, false)?,
         MovedOrNot => home(session, !finished.status.success())?,
+        // They have been seen to.
+        Built | Cancelled => {}
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ use crate::worker::{Mode, Worker, become_worker};
 use crate::xc::{FdOut, Idle, LiveDomain, SealedOut, SendingLink, limit_rate};
 
 /// The first argument of a worker's command line: then come the domain's number, and either the
-/// turn's and the rate in Mbit/s or nothing, or [`LINK`].
+/// turn's and the rate in Mbit/s if there is one, or [`LINK`].
 pub const ARGUMENT: &str = "--save-worker";
 /// In the place of a turn: standard output is a link.
 const LINK: &str = "link";
@@ -221,8 +221,9 @@ impl Pool {
             Mode::Process => {
                 fcntl_setfd(&turn.0, FdFlags::empty())?;
                 let (id, number) = (domain.to_string(), turn.0.as_raw_fd().to_string());
-                let mbit = rate.map_or(String::new(), |rate| rate.mbit().to_string());
-                let args = [ARGUMENT, &id, &number, &mbit];
+                let mbit = rate.map(|rate| rate.mbit().to_string());
+                let args: Vec<&str> =
+                    [ARGUMENT, &id, &number].into_iter().chain(mbit.as_deref()).collect();
                 let worker = Worker::process(&self.program, &args, Stdio::from(stream));
                 fcntl_setfd(&turn.0, FdFlags::CLOEXEC)?;
                 worker
@@ -436,8 +437,9 @@ pub fn run(args: &[&str]) -> rxl_migrate::Result<()> {
     let turn = Turn(crate::inherit::descriptor(turn).map_err(failed)?);
     let turn = turn.another().map_err(failed)?;
     let rate = match rest {
-        [mbit] if !mbit.is_empty() => Some(mbit.parse().map_err(|_| wrong())?),
-        _ => None,
+        [] => None,
+        [mbit] => Some(mbit.parse().map_err(|_| wrong())?),
+        _ => return Err(wrong()),
     };
     let out = SharedOut::new(FdOut::new(stdout.as_fd()), Some(turn), rate);
     serve(domain, out, stdin.as_fd(), Agreed::default())
@@ -533,6 +535,14 @@ mod tests {
     }
 
     /// Whoever waits for the turn would wait for ever.
+    #[test]
+    fn a_stream_with_a_rate_takes_its_time_at_least() {
+        let mut out = SharedOut::new((), None, Rate::of_mbit(8));
+        let started = Instant::now();
+        (0..5).for_each(|_| out.in_turn(10_000, |()| Ok(())).unwrap());
+        assert!(started.elapsed() >= Duration::from_millis(50));
+    }
+
     #[test]
     fn who_fails_or_is_killed_does_not_keep_the_turn() {
         let turn = Turn::new().unwrap();

@@ -74,6 +74,9 @@ impl Lab {
             bail!("No lab is up: run `dom0-setup/lab up`");
         };
         ensure!(state.is_up, "The lab did not come up, or is just being started: see `status`");
+        for release in state.shape.all_releases() {
+            state.images.host(release).context("Run `dom0-setup/lab down`")?;
+        }
         Ok(Self::new(store, state.images, state.shape))
     }
 

@@ -114,3 +114,18 @@ impl Lock {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn test_state_of_an_older_tree_can_be_read() {
+        let text = r#"{"shape":{"hosts":2,"vcpus":1,"nics":1,"nic_rate":null},
+            "images":{"hypervisor":"/i/h","dom0":"/i/d","guest":"/i/g"},
+            "processes":[{"pid":7,"start_ticks":9}],"is_up":true}"#;
+        let state: State = serde_json::from_str(text).expect("it is what was written");
+        assert_eq!(state.processes.len(), 1);
+        assert!(state.images.host(Release::default()).is_err());
+    }
+}

@@ -66,19 +66,26 @@ impl Content {
         [(Content::Random, "random"), (Content::Zero, "zero"), (Content::Mixed, "mixed")];
 
     fn page(self, pfn: u64, rng: &mut Rng) -> Box<PageBuf> {
-        let mut page = PageBuf::zeroed();
-        let kind = match (self, pfn % 4) {
-            (Content::Zero, _) | (Content::Mixed, 0 | 1) => return page,
-            (Content::Mixed, 3) => Content::Mixed,
-            _ => Content::Random,
-        };
-        let words = page.0.as_chunks_mut::<8>().0.iter_mut().zip(pfn..);
-        for (word, number) in words {
-            let random = kind == Content::Random;
-            *word = if random { rng.next() } else { number }.to_le_bytes();
+        match (self, pfn % 4) {
+            (Content::Zero, _) | (Content::Mixed, 0 | 1) => PageBuf::zeroed(),
+            (Content::Mixed, 3) => {
+                let mut numbers = pfn..;
+                page_of(|| numbers.next().unwrap_or_default())
+            }
+            (Content::Random | Content::Mixed, _) => random_page(rng),
         }
-        page
     }
+}
+
+/// A page that cannot be compressed.
+pub(crate) fn random_page(rng: &mut Rng) -> Box<PageBuf> {
+    page_of(|| rng.next())
+}
+
+fn page_of(mut word: impl FnMut() -> u64) -> Box<PageBuf> {
+    let mut page = PageBuf::zeroed();
+    page.0.as_chunks_mut::<8>().0.iter_mut().for_each(|place| *place = word().to_le_bytes());
+    page
 }
 
 /// One run of a helper.

@@ -17,9 +17,9 @@ use rxl_migrate::fake::{Rng, WIRING, compare};
 use rxl_migrate::frame::{PAGE_SIZE, PageBuf};
 use rxl_migrate::hypervisor::Domain;
 
-use crate::bench::{Bench, Side, median};
+use crate::bench::{Bench, Side, median, random_page};
 use crate::helper::{Helper, Libxl, Program};
-use crate::migration::GuestKind;
+use crate::migration::{GuestKind, joined};
 use crate::ways::Ways;
 
 /// What may be left out: nothing, each kind, everything; and everything whether that pays or not.
@@ -80,16 +80,10 @@ impl Content {
     fn page(self, pfn: u64, rng: &mut Rng) -> Box<PageBuf> {
         match (self, pfn % 20) {
             (Content::Text, _) | (Content::Idle, 0) => text(rng),
-            (Content::Random | Content::Changing, _) | (Content::Idle, 10) => random(rng),
+            (Content::Random | Content::Changing, _) | (Content::Idle, 10) => random_page(rng),
             (Content::Idle, _) => PageBuf::zeroed(),
         }
     }
-}
-
-fn random(rng: &mut Rng) -> Box<PageBuf> {
-    let mut page = PageBuf::zeroed();
-    page.0.as_chunks_mut::<8>().0.iter_mut().for_each(|word| *word = rng.next().to_le_bytes());
-    page
 }
 
 fn text(rng: &mut Rng) -> Box<PageBuf> {
@@ -272,8 +266,7 @@ fn one(bench: &Bench, source: &Side, hot: &[u64], kind: Kind) -> Result<Run> {
         scope.spawn(move || write(source, hot, over));
         let saved = with(source).save(save_end.into(), true);
         over.store(true, Ordering::Relaxed);
-        let restored = restore.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        (saved, restored)
+        (saved, joined(restore))
     });
     let (saved, restored) = (saved?, restored?);
     ensure!(saved.succeeded(), "{}", saved.describe());

@@ -413,6 +413,7 @@ fn carry(mut from: UnixStream, mut to: Option<UnixStream>) -> Result<Vec<u8>> {
     }
 }
 
-fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+/// What a thread gave; its panic goes on.
+pub(crate) fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }

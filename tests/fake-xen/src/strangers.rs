@@ -6,7 +6,7 @@
 //!
 //! Listening takes a packet socket, and so root.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
@@ -24,7 +24,7 @@ use rxl_migrate::stream::libxc::{RECORD_HEADER_BYTES, RecordKind, StreamHeader};
 use rxl_migrate::stream::link::{HELLO_BYTES, Offer, hello};
 use rxl_migrate::stream::reduced::Reduce;
 
-use crate::migration::{Migration, Rig, compared};
+use crate::migration::{Migration, Rig, compared, joined};
 
 /// Strangers that come, as long as somebody listens.
 const STRANGERS: usize = 2000;
@@ -172,10 +172,11 @@ fn besiege(offer: &Offer, ready: &AtomicBool, over: &AtomicBool) -> Result<(usiz
         if over.load(Ordering::Relaxed) {
             break;
         }
-        // Refused: all links are there, and nobody listens any more.
-        let Ok(mut stranger) = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) else {
-            ready.store(true, Ordering::Relaxed);
-            continue;
+        let mut stranger = match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Ok(stranger) => stranger,
+            // All links are there, and nobody listens any more.
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => break,
+            Err(_) => continue,
         };
         // A third says something, a third begins well, a third says nothing.
         let _ = match number % 3 {
@@ -246,10 +247,6 @@ fn is_marked(packet: &[u8]) -> bool {
     let window = 2 * MARK.len() - 1;
     let mut places = packet.windows(window).step_by(STRIDE);
     places.any(|place| place.windows(MARK.len()).any(|word| word == MARK))
-}
-
-fn joined<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 #[cfg(test)]

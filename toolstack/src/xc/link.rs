@@ -418,6 +418,7 @@ impl LinkIn<Mapping> for ReceivingLink {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::net::{TcpListener, TcpStream};
     use std::thread;
 
@@ -431,6 +432,19 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         (ours.into(), listener.accept().unwrap().0.into())
+    }
+
+    #[test]
+    fn the_kernel_sends_no_faster_than_it_may() {
+        let (ours, theirs) = pair();
+        // 32 MB/s, of which it lets the first ten packets go at once: 640 KiB at most.
+        limit_rate(ours.as_fd(), Rate::of_mbit(256).unwrap()).unwrap();
+        let (mut ours, mut theirs) = (TcpStream::from(ours), TcpStream::from(theirs));
+        let started = Instant::now();
+        let sender = thread::spawn(move || ours.write_all(&vec![7; 8 << 20]).unwrap());
+        assert_eq!(io::copy(&mut theirs, &mut io::sink()).unwrap(), 8 << 20);
+        sender.join().unwrap();
+        assert!(started.elapsed() >= Duration::from_millis(100));
     }
 
     #[test]

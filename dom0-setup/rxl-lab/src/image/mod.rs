@@ -31,8 +31,11 @@ use crate::store::Store;
 /// Folders of the built images that a lab boots from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Images {
+    // The record of a lab that an older tree has booted lacks some: it can still be taken down.
+    #[serde(default)]
     keys: PathBuf,
     guest: PathBuf,
+    #[serde(default)]
     hosts: BTreeMap<Release, HostImages>,
 }
 
@@ -88,7 +91,9 @@ impl Images {
 
     /// What hosts of a release boot from.
     pub(crate) fn host(&self, release: Release) -> Result<&HostImages> {
-        self.hosts.get(&release).with_context(|| format!("no image of Xen {release}"))
+        self.hosts.get(&release).with_context(|| {
+            format!("The lab that is up has no image of Xen {release}: another tree has booted it")
+        })
     }
 
     /// Builds the guest image alone if its sources changed.
