@@ -102,7 +102,39 @@ impl Doorman {
     /// Lets in who can be let in: each link's number, what holds for it, and its connection. Does
     /// not wait.
     pub fn attend(&mut self) -> Vec<(u8, Agreed, OwnedFd)> {
-        self.accept();
+        let mut come = Vec::new();
+        for listener in 0..self.listeners.len() {
+            self.accept(listener);
+            // Before the next one's connections take the place of these.
+            come.extend(self.hear());
+        }
+        if self.taken.iter().count() >= usize::from(self.offer.links) {
+            self.listeners.clear();
+            self.pending.clear();
+        }
+        come
+    }
+
+    fn accept(&mut self, listener: usize) {
+        // No more at a time than there is room for: whoever floods does not keep rxl busy.
+        for _ in 0..PENDING_MAX {
+            let accepted = self.listeners.get(listener).map(TcpListener::accept);
+            let Some(Ok((stream, _))) = accepted else { break };
+            if stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            if self.pending.len() >= PENDING_MAX {
+                // The one that has been silent for longest.
+                self.pending.remove(0);
+            }
+            let until = Instant::now() + HELLO_TIME;
+            let hello = [0; HELLO_BYTES];
+            self.pending.push(Pending { socket: stream.into(), hello, length: 0, until });
+        }
+    }
+
+    /// Reads what those have said who are there, and lets in or turns away who has said all.
+    fn hear(&mut self) -> Vec<(u8, Agreed, OwnedFd)> {
         let mut come = Vec::new();
         let mut still = Vec::new();
         for mut pending in std::mem::take(&mut self.pending) {
@@ -113,30 +145,7 @@ impl Doorman {
             }
         }
         self.pending = still;
-        if self.taken.iter().count() >= usize::from(self.offer.links) {
-            self.listeners.clear();
-            self.pending.clear();
-        }
         come
-    }
-
-    fn accept(&mut self) {
-        // No more at a time than there is room for: whoever floods does not keep rxl busy.
-        for listener in &self.listeners {
-            for _ in 0..PENDING_MAX {
-                let Ok((stream, _)) = listener.accept() else { break };
-                if stream.set_nonblocking(true).is_err() {
-                    continue;
-                }
-                if self.pending.len() >= PENDING_MAX {
-                    // The one that has been silent for longest.
-                    self.pending.remove(0);
-                }
-                let until = Instant::now() + HELLO_TIME;
-                let hello = [0; HELLO_BYTES];
-                self.pending.push(Pending { socket: stream.into(), hello, length: 0, until });
-            }
-        }
     }
 
     fn let_in(&mut self, pending: Pending) -> Option<(u8, Agreed, OwnedFd)> {
@@ -284,6 +293,19 @@ mod tests {
             stranger.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
             assert!(matches!(stranger.read(&mut [0]), Ok(0) | Err(_)));
         }
+    }
+
+    #[test]
+    fn strangers_at_one_address_do_not_push_away_who_waits_at_another() {
+        let mut doorman = Doorman::open(&[HERE, HERE], 1, false, Reduce::NONE).unwrap();
+        let offer = doorman.offer().clone();
+        let mut link = TcpStream::connect(offer.addresses[0]).unwrap();
+        link.write_all(&hello(&offer.secret, 0, offer.known())).unwrap();
+        let stranger = |_| TcpStream::connect(offer.addresses[1]).unwrap();
+        let strangers: Vec<TcpStream> = (0..2 * PENDING_MAX).map(stranger).collect();
+        let come = doorman.attend();
+        assert_eq!(come.into_iter().map(|(link, ..)| link).collect::<Vec<_>>(), [0]);
+        drop(strangers);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, Protocol, RecvFlags, SocketType, recv, socket, sockopt};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rxl_migrate::fake::WIRING;
 use rxl_migrate::frame::PageBuf;
 use rxl_migrate::stream::libxc::{RECORD_HEADER_BYTES, RecordKind, StreamHeader};
@@ -66,6 +67,7 @@ impl Rig {
     /// # Errors
     /// The migration fails, the copy differs, or nothing can be listened to.
     pub fn besieged(&self, migration: &Migration, strangers: bool) -> Result<Besieged> {
+        allow_files()?;
         let source = migration.source()?;
         let page = marked();
         source.domain.fill(|_| Some(page.clone()));
@@ -94,6 +96,13 @@ impl Rig {
         let peak_kib = saved.used.peak_kib;
         Ok(Besieged { strangers, stolen, over_stream, peak_kib, packets, in_clear })
     }
+}
+
+/// Lets this process have as many descriptors as it may: each stranger is one.
+fn allow_files() -> Result<()> {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let most = Rlimit { current: maximum, maximum };
+    setrlimit(Resource::Nofile, most).context("Cannot have more descriptors")
 }
 
 fn marked() -> Box<PageBuf> {
@@ -165,14 +174,14 @@ fn offer(stream: &[u8]) -> Result<Option<Offer>> {
 /// Strangers come, and stay until it is `over`. `ready`: the first of them are there. How many
 /// were connected, and whether the stolen hello was answered.
 fn besiege(offer: &Offer, ready: &AtomicBool, over: &AtomicBool) -> Result<(usize, bool)> {
-    let address = *offer.addresses.first().context("an offer without an address")?;
-    let stolen = steal(offer, address);
+    let first = *offer.addresses.first().context("an offer without an address")?;
+    let stolen = steal(offer, first);
     let (mut crowd, mut next) = (Vec::new(), 0);
-    for number in 0..STRANGERS {
+    for (number, address) in offer.addresses.iter().cycle().take(STRANGERS).enumerate() {
         if over.load(Ordering::Relaxed) {
             break;
         }
-        let mut stranger = match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+        let mut stranger = match TcpStream::connect_timeout(address, CONNECT_TIMEOUT) {
             Ok(stranger) => stranger,
             // All links are there, and nobody listens any more.
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => break,

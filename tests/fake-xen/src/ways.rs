@@ -69,7 +69,7 @@ impl Ways {
         {
             let no_encrypt = if matches!(self, Ways::Sealed(_)) { "" } else { "1" };
             command.env("RXL_NO_ENCRYPT", no_encrypt);
-            command.env("RXL_ADDRESSES", "127.0.0.1,::1");
+            command.env("RXL_ADDRESSES", "127.0.0.1,127.0.0.2,127.0.0.3,::1");
             command.env("RXL_STREAMS", count.to_string());
         }
     }
