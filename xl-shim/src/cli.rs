@@ -133,8 +133,8 @@ meanwhile; 2 wrong usage.")]
     /// restore)
     #[command(name = "domain-monitor", hide = true)]
     DomainMonitor {
-        /// Number
-        domid: u16,
+        /// What the domain will be called; which one it is comes on standard input
+        name: String,
     },
     /// Move bytes between standard input and output and a receiver that is reached by TLS (run by
     /// migrate)

@@ -133,7 +133,7 @@ fn run_verb(cli: &Cli) -> anyhow::Result<Exit> {
         Verb::Resume { domain } => resume::run(globals, domain),
         Verb::Status(args) => status::run(args),
         Verb::Cancel { domain } => status::cancel(domain),
-        Verb::DomainMonitor { domid } => monitor::run(globals, *domid),
+        Verb::DomainMonitor { .. } => monitor::run(globals),
         Verb::TlsConnect { target, files } => tls::connect(target, files),
         Verb::DomainGuard(ward) => guard::run(globals, ward),
         Verb::Divert(args) => divert::run(args),

@@ -46,7 +46,8 @@ pub trait Making {
     /// # Errors
     /// There is not enough.
     fn reserve_memory(&mut self) -> Result<(), Self::Error>;
-    /// From now on, should this process die, a guard destroys the domain of that name.
+    /// From now on, should this process die, a guard destroys the domain of that name. All
+    /// processes that accompany the domain are started here, before a guest waits for them.
     fn start_guard(&mut self);
     /// Makes the domain, paused, from the stream. On an error nothing is left of it.
     ///

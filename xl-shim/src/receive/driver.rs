@@ -20,7 +20,7 @@ use crate::config;
 use crate::gate::Gate;
 use crate::guard::{Guard, Ward};
 use crate::lock::Lock;
-use crate::monitor;
+use crate::monitor::Monitor;
 use crate::output::Screen;
 use crate::passthrough;
 use crate::report::Target;
@@ -46,6 +46,7 @@ pub(crate) struct Arrival<'a> {
     /// How to make what must outlive this process, or stand in for it.
     pub(crate) helpers: Helpers,
     guard: Guard,
+    monitor: Option<Monitor>,
     lock: Option<Lock>,
     expected: Expected,
     copy: Option<DomId>,
@@ -99,6 +100,7 @@ impl<'a> Arrival<'a> {
             board: Board::default(),
             helpers,
             guard: Guard::none(),
+            monitor: None,
             lock: None,
             expected: Expected::default(),
             copy: None,
@@ -151,6 +153,13 @@ impl<'a> Arrival<'a> {
     /// The name of the copy until it may run.
     fn incoming(&self) -> String {
         incoming_name(&self.expected.name)
+    }
+
+    fn no_monitor(&self, error: &anyhow::Error) {
+        let name = &self.expected.name;
+        self.screen.line(&format!(
+            "rxl: no monitor for {name}: {error:#}; nobody acts when the guest reboots or ends"
+        ));
     }
 
     /// A request about the copy.
@@ -237,6 +246,11 @@ impl Making for Arrival<'_> {
         if let Some(lock) = &self.lock {
             self.guard = Guard::start(Ward::Copy(&self.incoming()), lock, self.screen);
         }
+        if self.helpers.monitor {
+            let migrated = self.saved.is_none();
+            let name = if migrated { self.incoming() } else { self.expected.name.clone() };
+            self.monitor = Monitor::start(&name).map_err(|error| self.no_monitor(&error)).ok();
+        }
     }
 
     fn restore(&mut self) -> anyhow::Result<()> {
@@ -245,16 +259,9 @@ impl Making for Arrival<'_> {
     }
 
     fn start_monitor(&mut self) {
-        if let Some(copy) = self.copy.filter(|_| self.helpers.monitor) {
-            // As it is called now.
-            let migrated = self.saved.is_none();
-            let name = if migrated { self.incoming() } else { self.expected.name.clone() };
-            if let Err(error) = monitor::start(copy, &name, &self.expected.own) {
-                self.screen.line(&format!(
-                    "rxl: no monitor for {name}: {error:#}; nobody acts when the guest reboots \
-                     or ends"
-                ));
-            }
+        let Some((monitor, copy)) = self.monitor.take().zip(self.copy) else { return };
+        if let Err(error) = monitor.watch(copy, &self.expected.own) {
+            self.no_monitor(&error);
         }
     }
 

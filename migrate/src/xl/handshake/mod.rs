@@ -4,8 +4,8 @@
 //!  sender (source host)                                  receiver (target host)
 //!        │ ◄──────────────── Banner ─────────────────────────── │
 //!        │ ── header, configuration, libxl stream ────────────► │  makes NAME--incoming, paused
-//!        │ ◄──────────────── Ready ──────────────────────────── │
 //!  renames NAME to NAME--migratedaway                           │
+//!        │ ◄──────────────── Ready ──────────────────────────── │
 //!        │ ═══════════════════ Go ════════════════════════════► │  renames to NAME, unpauses
 //!        │ ◄──────────────── Report, status 0 ───────────────── │
 //!  destroys its copy                                       leaves its copy running
@@ -14,6 +14,8 @@
 //!        │ ◄──────────────── Destroyed ──────────────────────── │
 //!  renames back, resumes
 //! ```
+//!
+//! xl renames once it has Ready. Here both ends are busy at the same time: the guest stands still.
 //!
 //! The rules, which hold in every order of events and are what the tests state:
 //!

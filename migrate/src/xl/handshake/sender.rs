@@ -1,15 +1,15 @@
 //! The sending end of the conversation. Its rules are in the parent's documentation.
 //!
 //! ```text
-//! New ─► AwaitBanner ─► Sending ─► AwaitReady ─► Renaming ─► Granting ─► AwaitReport ─► Destroying
-//!           │             │            │            │        │     │          │ │            │
-//!           │          Asking ───┐   │            │        │     │          │ ▼            ▼
-//!           ▼             │        ▼   ▼            ▼        │     │          │ AwaitDestroyed
-//!         Kept ◄──────────┘      Resuming ◄── RenamingBack ◄─┘     │          │      │    Moved
-//!           ▲                      │   │        (not tried)  ▲     │          │      │
-//!           └──────────────────────┘   ▼                     │     ▼          ▼      ▼
-//!                                 NotResumed                 │     Uncertain (stays suspended)
-//!                                                            └── received Destroyed ─┘
+//! New ─► AwaitBanner ─► Sending ─► Renaming ─► AwaitReady ─► Granting ─► AwaitReport ─► Destroying
+//!           │            │           │            │            │            │ │            │
+//!           │         Asking ──┐     │            │   (not tried)           │ ▼            ▼
+//!           ▼            │     ▼     ▼            ▼            │            │ AwaitDestroyed
+//!         Kept ◄─────────┘   Resuming ◄──── RenamingBack ◄─────┘            │      │    Moved
+//!           ▲                  │   │              ▲                         │      │
+//!           └──────────────────┘   ▼              │                         ▼      ▼
+//!                             NotResumed          │           Uncertain (stays suspended)
+//!                                                 └── received Destroyed ──────────┘
 //! ```
 
 use super::{Message, report_status};
@@ -121,8 +121,8 @@ enum State {
     AwaitBanner,
     Sending,
     Asking(SenderCause),
-    AwaitReady,
     Renaming,
+    AwaitReady,
     Granting,
     /// Why nobody knows, if there is none.
     AwaitReport(SenderCause),
@@ -180,23 +180,24 @@ impl Sender {
             (State::AwaitBanner, Ev::Lost) => over(End::Kept(Cause::NoBanner)),
             (State::AwaitBanner, Ev::Cancelled) => over(End::Kept(Cause::Cancelled)),
 
-            (State::Sending, Ev::Done) => (State::AwaitReady, Act::Receive(Message::Ready)),
+            // While the target is busy with what it has got: the guest waits for both.
+            (State::Sending, Ev::Done) => (State::Renaming, Act::RenameAway),
             (State::Sending, Ev::Failed) => ask_state(Cause::NotSent),
             (State::Sending, Ev::Cancelled) => ask_state(Cause::Cancelled),
             (State::Asking(cause), Ev::Suspended(false)) => over(End::Kept(cause)),
             // Where nobody knows, resuming is safe: Go was never tried.
             (State::Asking(cause), Ev::Suspended(true) | Ev::Failed) => resume(cause),
 
-            (State::AwaitReady, Ev::Received(bytes)) if bytes == Message::Ready.text() => {
-                (State::Renaming, Act::RenameAway)
-            }
-            (State::AwaitReady, Ev::Received(_)) => resume(Cause::WrongReady),
-            (State::AwaitReady, Ev::Lost) => resume(Cause::NoReady),
-            (State::AwaitReady, Ev::Cancelled) => resume(Cause::Cancelled),
-
-            (State::Renaming, Ev::Done) => (State::Granting, Act::SendGo),
+            (State::Renaming, Ev::Done) => (State::AwaitReady, Act::Receive(Message::Ready)),
             (State::Renaming, Ev::Failed) => resume(Cause::NotRenamed),
             (State::Renaming, Ev::Cancelled) => resume(Cause::Cancelled),
+
+            (State::AwaitReady, Ev::Received(bytes)) if bytes == Message::Ready.text() => {
+                (State::Granting, Act::SendGo)
+            }
+            (State::AwaitReady, Ev::Received(_)) => rename_back(Cause::WrongReady),
+            (State::AwaitReady, Ev::Lost) => rename_back(Cause::NoReady),
+            (State::AwaitReady, Ev::Cancelled) => rename_back(Cause::Cancelled),
 
             (State::Granting, Ev::Done) => await_report(Cause::NoReport),
             // A receiver that gave up may have said so before it went.
@@ -258,8 +259,8 @@ impl State {
             State::AwaitBanner => "a sender waiting for the banner",
             State::Sending => "a sender sending the domain",
             State::Asking(_) => "a sender asking how its domain is",
-            State::AwaitReady => "a sender waiting for the target",
             State::Renaming => "a sender renaming its domain",
+            State::AwaitReady => "a sender waiting for the target",
             State::Granting => "a sender granting the start",
             State::AwaitReport(_) => "a sender waiting for the report",
             State::AwaitDestroyed(_) => "a sender waiting for the target's cleanup",

@@ -17,16 +17,16 @@ fn the_messages_have_the_lengths_that_xl_counts() {
 }
 
 #[test]
-fn a_good_migration_takes_the_steps_of_xl_in_its_order() {
+fn a_good_migration_takes_the_steps_of_xl_and_renames_while_it_waits() {
     use SenderAction as Act;
     use SenderEvent as Ev;
     let report = [Message::Report.text(), &[0]].concat();
     let script = [
         (Ev::Begin, Act::Receive(Message::Banner)),
         (Ev::Received(Message::Banner.text()), Act::SendDomain),
+        (Ev::Done, Act::RenameAway),
         (Ev::Done, Act::Receive(Message::Ready)),
-        (Ev::Received(Message::Ready.text()), Act::RenameAway),
-        (Ev::Done, Act::SendGo),
+        (Ev::Received(Message::Ready.text()), Act::SendGo),
         (Ev::Done, Act::Receive(Message::Report)),
         (Ev::Received(&report), Act::Destroy),
         (Ev::Done, Act::Finish(SenderEnd::Moved)),
@@ -76,8 +76,8 @@ fn a_sender_that_could_not_send_go_hears_what_a_receiver_said_before_it_went() {
             Ev::Begin,
             Ev::Received(Message::Banner.text()),
             Ev::Done,
-            Ev::Received(Message::Ready.text()),
             Ev::Done,
+            Ev::Received(Message::Ready.text()),
         ] {
             sender.step(event).unwrap();
         }
