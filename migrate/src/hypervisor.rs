@@ -188,6 +188,9 @@ pub trait Domain {
     fn counters(&self) -> Counters {
         Counters::default()
     }
+    /// All memory has been sent, or is there. What is mapped may stay so from now on, if this
+    /// process ends soon: the guest waits, and a mapping that goes with its process costs less.
+    fn leave_mapped(&self) {}
 }
 
 /// TSC mode and offsets (`XEN_DOMCTL_gettscinfo`).
@@ -316,9 +319,6 @@ pub trait SourceDomain: Domain {
     /// # Errors
     /// As [`SourceDomain::cpu_cap`].
     fn set_cpu_cap(&self, cap: CpuCap) -> HvResult<()>;
-    /// Nothing is sent any more. What is mapped may stay so from now on, if this process ends
-    /// soon: the guest waits, and a mapping that goes with its process costs less.
-    fn leave_mapped(&self) {}
 }
 
 /// Why a CPU policy cannot be had here.

@@ -280,6 +280,7 @@ where
                     self.crew.differing.note(differing);
                 }
                 Action::Complete => {
+                    self.domain.leave_mapped();
                     self.crew.dismiss();
                     self.crew.differing.conclude(self.toolstack)?;
                     self.verification.report(self.toolstack);

@@ -139,6 +139,10 @@ impl Domain for LiveDomain {
         self.foreign.count(&mut counters);
         counters
     }
+
+    fn leave_mapped(&self) {
+        self.foreign.leave_mapped();
+    }
 }
 
 /// The hypercall's words in the engine's.

@@ -192,10 +192,6 @@ impl SourceDomain for LiveDomain {
     fn set_cpu_cap(&self, CpuCap(cap): CpuCap) -> HvResult<()> {
         self.scheduler_op(op!(XEN_DOMCTL_SCHEDOP_putinfo), cap).map(drop)
     }
-
-    fn leave_mapped(&self) {
-        self.foreign.leave_mapped();
-    }
 }
 
 /// A log-dirty request without a bitmap.
