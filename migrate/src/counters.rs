@@ -43,10 +43,12 @@ pub struct LeftOut {
     pub zero: Saved,
     /// The same as before: a digest.
     pub same: Saved,
-    /// Compressed.
+    /// Compressed by LZ4.
     pub compress: Saved,
     /// What has changed.
     pub delta: Saved,
+    /// Compressed by Zstandard.
+    pub zstd: Saved,
 }
 
 /// What something has saved.
@@ -72,6 +74,7 @@ impl LeftOut {
             Reduced::Same(_) => &mut self.same,
             Reduced::Packed(_) => &mut self.compress,
             Reduced::Delta(..) => &mut self.delta,
+            Reduced::Zstd(_) => &mut self.zstd,
             Reduced::Whole(_) => return,
         };
         saved.pages += 1;
@@ -80,9 +83,9 @@ impl LeftOut {
 
     /// What was saved, by what: its name in the report and on the command line.
     #[must_use]
-    pub fn by_kind(&self) -> [(&'static str, Saved); 4] {
-        let LeftOut { zero, same, compress, delta } = *self;
-        [("zero", zero), ("same", same), ("compress", compress), ("delta", delta)]
+    pub fn by_kind(&self) -> [(&'static str, Saved); 5] {
+        let LeftOut { zero, same, compress, delta, zstd } = *self;
+        [("zero", zero), ("same", same), ("compress", compress), ("delta", delta), ("zstd", zstd)]
     }
 
     fn add(&mut self, other: &LeftOut) {
@@ -91,6 +94,7 @@ impl LeftOut {
             (&mut self.same, other.same),
             (&mut self.compress, other.compress),
             (&mut self.delta, other.delta),
+            (&mut self.zstd, other.zstd),
         ] {
             sum.pages = sum.pages.saturating_add(add.pages);
             sum.bytes = sum.bytes.saturating_add(add.bytes);

@@ -34,12 +34,7 @@ struct Moved {
 }
 
 /// Moves `source` over a stream and links that break after so many bytes.
-fn moved(source: &FakeDomain, breaks: &[Option<usize>], seed: u64) -> Moved {
-    moved_reduced(source, breaks, seed, Reduce::ALL.or(Reduce::ALWAYS), &LIVE)
-}
-
-/// The same where `reduce` may be left out.
-fn moved_reduced(
+fn moved(
     source: &FakeDomain,
     breaks: &[Option<usize>],
     seed: u64,
@@ -96,10 +91,13 @@ fn moved_reduced(
 
 #[test]
 fn a_guest_that_writes_arrives_as_it_was_over_any_number_of_links() {
-    let mut left_out = [0; 4];
+    let mut left_out = [0; 5];
     for seed in 0..4 {
         for links in [1, 2, 5] {
-            let moved = moved(&guest(seed), &vec![None; links], seed);
+            // Without Zstandard, which mostly leaves less, every second time.
+            let less = if seed % 2 == 0 { Reduce::ZSTD } else { Reduce::NONE };
+            let kinds = Reduce::from_bits(!less.bits()).or(Reduce::ALWAYS);
+            let moved = moved(&guest(seed), &vec![None; links], seed, kinds, &LIVE);
             assert_eq!(moved.differences, [""; 0], "{links} links, {seed}");
             assert_eq!((moved.joined, moved.lost), (links, 0), "{links} links, {seed}");
             let pages = moved.left_out.by_kind().map(|(_, saved)| saved.pages);
@@ -111,7 +109,7 @@ fn a_guest_that_writes_arrives_as_it_was_over_any_number_of_links() {
 
 #[test]
 fn whole_pages_go_to_a_receiver_that_needs_them() {
-    let moved = moved_reduced(&guest(0), &[None, None], 0, Reduce::ALWAYS, &LIVE);
+    let moved = moved(&guest(0), &[None, None], 0, Reduce::ALWAYS, &LIVE);
     assert_eq!(moved.differences, [""; 0]);
     assert!(moved.left_out.is_nothing(), "{:?}", moved.left_out);
 }
@@ -132,7 +130,7 @@ fn links_that_break_at_any_byte_cost_nothing_but_time() {
         let verify = if seed % 2 == 0 { Verify::Digests } else { Verify::No };
         let options = source::Options { verify, ..LIVE };
         let reduce = Reduce::ALL.or(Reduce::ALWAYS);
-        let moved = moved_reduced(&guest(seed), &breaks, seed, reduce, &options);
+        let moved = moved(&guest(seed), &breaks, seed, reduce, &options);
         assert_eq!(moved.differences, [""; 0], "{breaks:?}, {seed}");
         lost += moved.lost;
     }

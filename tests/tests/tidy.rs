@@ -185,10 +185,12 @@ fn the_engine_builds_where_no_xen_library_is_installed() {
     }
     assert!(seen.len() > 5, "the engine has dependencies: {seen:?}");
     let linking = seen.into_iter().filter(|id| !by_id[id]["links"].is_null());
-    // Crates of pure Rust that use `links` for something other than a library.
-    let linking = linking.filter(|id| !text(by_id[id], "name").contains("rayon-core"));
+    // One is of pure Rust and uses `links` for something other than a library, one has its library
+    // with it.
+    let harmless = ["rayon-core", "zstd-sys"];
+    let linking = linking.filter(|id| !harmless.contains(&text(by_id[id], "name")));
     let offences: Vec<_> = linking.map(|id| text(by_id[id], "name").to_owned()).collect();
-    assert_none(&offences, "crates behind rxl-migrate that link a C library");
+    assert_none(&offences, "crates behind rxl-migrate that need a C library");
 }
 
 /// Whether code, not a comment or a string, says `unsafe`.

@@ -10,8 +10,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -373,8 +375,23 @@ where
 {
     let domain = LiveDomain::open(domain)?;
     let started = Instant::now();
-    let reducing = Reducing { agreed, clock: Box::new(move || started.elapsed()) };
+    let clock = Box::new(move || started.elapsed());
+    let reducing = Reducing { agreed, clock, queued: Box::new(queued()) };
     work(&domain, &mut out, &mut Socket(socket), reducing)
+}
+
+/// For how long this thread has waited for a processor so far: the second number of its
+/// `schedstat` (Linux, Documentation/scheduler/sched-stats.rst). It stands still where the kernel
+/// does not count that.
+fn queued() -> impl Fn() -> Duration {
+    let file = File::open("/proc/thread-self/schedstat").ok();
+    move || {
+        let mut text = [0; 64];
+        let count = file.as_ref().and_then(|file| file.read_at(&mut text, 0).ok()).unwrap_or(0);
+        let text = text.get(..count).and_then(|text| str::from_utf8(text).ok());
+        let waited = text.and_then(|text| text.split_whitespace().nth(1)?.parse().ok());
+        Duration::from_nanos(waited.unwrap_or(0))
+    }
 }
 
 /// What a worker of a link is told first: secrets are not for a command line.
@@ -454,6 +471,30 @@ mod tests {
 
     use super::*;
     use crate::xc::PIPE_BYTES;
+
+    #[test]
+    fn who_waits_for_a_processor_knows_it() {
+        let (limit, threads) = (Instant::now() + Duration::from_secs(20), 2 * available());
+        let waits = thread::scope(|scope| {
+            let spin = || {
+                let queued = queued();
+                let before = queued();
+                while Instant::now() < limit {
+                    if queued() > before {
+                        return true;
+                    }
+                }
+                false
+            };
+            let all: Vec<_> = (0..threads).map(|_| scope.spawn(spin)).collect();
+            all.into_iter().any(|thread| thread.join().unwrap())
+        });
+        assert!(waits, "{threads} threads never wait for a processor");
+    }
+
+    fn available() -> usize {
+        thread::available_parallelism().map_or(1, Into::into)
+    }
 
     #[test]
     fn a_worker_that_ends_is_missed() {

@@ -272,8 +272,9 @@ pub(crate) struct MigrateArgs {
     #[arg(long)]
     pub(crate) no_encrypt: bool,
     /// What may be left out of what goes over them: all, none, or of zero (pages of zeros), same
-    /// (pages that are what they were when they were sent before), compress and delta (what has
-    /// changed of a page), with commas; always: even where that takes longer [not in xl]
+    /// (pages that are what they were when they were sent before), compress (by LZ4), zstd and
+    /// delta (what has changed of a page), with commas; always: even where that takes longer [not
+    /// in xl]
     #[arg(long, value_name = "KINDS", default_value = "all")]
     pub(crate) reduce: Reduce,
     #[command(flatten)]

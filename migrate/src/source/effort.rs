@@ -6,6 +6,9 @@
 //! them the way was never idle. What a page costs here, and what it saves, is learned by doing it.
 //! What does not pay is tried again now and then, if it could pay at all.
 //!
+//! What is done while the way is busy costs nothing, unless processors are scarce: then somebody
+//! else waits for it, perhaps the guest. Whoever has to wait for a processor itself knows that.
+//!
 //! What it is not: what is done (`reduce`), or what a user wants (`stream::reduced`).
 
 use std::time::Duration;
@@ -15,13 +18,17 @@ use crate::frame::PAGE_SIZE;
 /// What a page may cost here, of what it takes on the way, whatever it saves: what a connection
 /// holds (256 KiB, or 64 pages) is on its way meanwhile.
 const HIDDEN_SHARE: f64 = 1.0 / 16.0;
-/// Pages until something that does not pay is tried again.
+/// Pages, or batches, until something that does not pay is tried again.
 const PAGES_UNTRIED: u32 = 32;
 /// The weight of something new in a mean.
 const NEW: f64 = 1.0 / 8.0;
 /// Of what a byte costs, after a write that did not have to wait: the way may be faster than it
 /// was, or what is left of the pages so little that it is not the limit any more.
 const FADING: f64 = 0.98;
+/// Processors are scarce if this thread waits for one for so much of its time.
+const SCARCE_SHARE: f64 = 0.05;
+/// Over such a time that is looked at.
+const SCARCE_WINDOW: Duration = Duration::from_millis(20);
 /// A pause between two writes in which the way may have been idle.
 const IDLE: Duration = Duration::from_micros(200);
 
@@ -35,28 +42,34 @@ impl Mean {
     }
 }
 
-/// Something that can be done with a page.
+/// Something that can be done with a page, or with all pages of a batch.
 #[derive(Clone, Copy, Debug, Default)]
 struct Trial {
     /// Nanoseconds a page.
     cost: Mean,
     /// Bytes a page.
     saves: Mean,
-    /// Pages since it was tried.
+    /// Pages, or batches, since it was tried.
     untried: u32,
 }
 
 impl Trial {
-    fn pays(&self, byte_ns: f64) -> bool {
-        let (Some(cost), Some(saves)) = (self.cost.0, self.saves.0) else { return true };
-        saves * byte_ns >= cost
+    /// Nanoseconds a page that doing it gains, where a byte costs so much, as far as it is worth
+    /// doing: all of them where that has to be found out.
+    fn gain(&mut self, byte_ns: f64) -> Option<f64> {
+        self.untried += 1;
+        let (Some(cost), Some(saves)) = (self.cost.0, self.saves.0) else {
+            return Some(f64::INFINITY);
+        };
+        let gain =
+            if self.untried >= PAGES_UNTRIED { f64::INFINITY } else { saves * byte_ns - cost };
+        // Not even if nothing were left of a page.
+        (page(byte_ns) >= cost && gain >= 0.0).then_some(gain)
     }
 
-    /// Whether to do it, where a byte costs so much.
+    /// Whether to do it. That it is tried now is noted.
     fn wanted(&mut self, byte_ns: f64) -> bool {
-        let could = self.cost.0.is_none_or(|cost| page(byte_ns) >= cost);
-        self.untried += 1;
-        let wanted = could && (self.pays(byte_ns) || self.untried >= PAGES_UNTRIED);
+        let wanted = self.gain(byte_ns).is_some();
         if wanted {
             self.untried = 0;
         }
@@ -83,8 +96,10 @@ pub(super) enum Level {
 /// What can be done with a page beside that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Try {
-    /// Compressing it.
+    /// Compressing it by LZ4.
     Pack,
+    /// The same by Zstandard.
+    Zstd,
     /// Compressing what has changed.
     Delta,
 }
@@ -109,8 +124,14 @@ pub(super) struct Effort {
     all: Mean,
     /// The share of pages of zeros.
     zero_share: Mean,
+    /// All that is done with a page at [`Level::All`].
+    whole: Trial,
     pack: Trial,
+    zstd: Trial,
     delta: Trial,
+    /// The share of time for which this thread waited for a processor, and what was known when.
+    scarce: Mean,
+    queued_at: Option<(Duration, Duration)>,
 }
 
 impl Effort {
@@ -148,23 +169,53 @@ impl Effort {
         self.link.0.map(|link| link * self.fading).or(self.free.0)
     }
 
+    /// Until `now` this thread has waited for a processor for `queued`.
+    pub(super) fn note_queued(&mut self, now: Duration, queued: Duration) {
+        let (then, before) = *self.queued_at.get_or_insert((now, queued));
+        let passed = now.saturating_sub(then);
+        if passed >= SCARCE_WINDOW {
+            self.scarce.add(ns(queued.saturating_sub(before)) / ns(passed));
+            self.queued_at = Some((now, queued));
+        }
+    }
+
+    fn is_scarce(&self) -> bool {
+        self.scarce.0.is_some_and(|share| share > SCARCE_SHARE)
+    }
+
     /// What to do with the pages of a batch.
-    pub(super) fn level(&self) -> Level {
+    pub(super) fn level(&mut self) -> Level {
         let Some(byte_ns) = self.byte_ns() else {
             return if self.always { Level::All } else { Level::Zeros };
         };
-        let hidden = page(byte_ns) * HIDDEN_SHARE;
-        let zeros = self.zeros.0.unwrap_or(0.0);
-        // Digests and copies cost no more than so many times a look.
-        let all = self.all.0.unwrap_or(4.0 * zeros);
-        let gain = self.zero_share.0.unwrap_or(0.0) * page(byte_ns);
-        if self.always || hidden >= all {
+        if self.always || self.all_pays(byte_ns) {
             Level::All
-        } else if hidden >= zeros || gain >= 1.25 * zeros {
+        } else if self.zeros_pay() {
             Level::Zeros
         } else {
             Level::Nothing
         }
+    }
+
+    fn all_pays(&mut self, byte_ns: f64) -> bool {
+        // Digests and copies cost no more than so many times a look.
+        let all = self.all.0.unwrap_or(4.0 * self.zeros.0.unwrap_or(0.0));
+        page(byte_ns) * HIDDEN_SHARE >= all && (!self.is_scarce() || self.whole.wanted(byte_ns))
+    }
+
+    /// Whether to compare pages with zeros.
+    pub(super) fn zeros_pay(&self) -> bool {
+        let page = page(self.byte_ns().unwrap_or(0.0));
+        let zeros = self.zeros.0.unwrap_or(0.0);
+        let gain = self.zero_share.0.unwrap_or(0.0) * page;
+        (!self.is_scarce() && page * HIDDEN_SHARE >= zeros) || gain >= 1.25 * zeros
+    }
+
+    /// All was done with `pages` pages, in this time, and saved so many bytes.
+    pub(super) fn note_all(&mut self, cost: Duration, pages: usize, saved_bytes: usize) {
+        let pages = float(pages.max(1));
+        self.whole.cost.add(ns(cost) / pages);
+        self.whole.saves.add(float(saved_bytes) / pages);
     }
 
     /// `pages` pages were looked at, so many of them zeros, in this time.
@@ -183,6 +234,26 @@ impl Effort {
         self.trial(what).wanted(byte_ns)
     }
 
+    /// How to compress the next page: by none of those that may be, by the one that gains most, or
+    /// by all of them, the best of which is taken.
+    pub(super) fn compressions(&mut self, may_be: [Option<Try>; 2]) -> [Option<Try>; 2] {
+        let Some(byte_ns) = self.byte_ns().filter(|_| !self.always) else {
+            return if self.always { may_be } else { [None; 2] };
+        };
+        let mut best: Option<(Try, f64)> = None;
+        for what in may_be.into_iter().flatten() {
+            let gain = self.trial(what).gain(byte_ns);
+            if let Some(gain) = gain.filter(|gain| best.is_none_or(|(_, most)| *gain > most)) {
+                best = Some((what, gain));
+            }
+        }
+        let best = best.map(|(what, _)| what);
+        if let Some(what) = best {
+            self.trial(what).untried = 0;
+        }
+        [best, None]
+    }
+
     /// It was tried on a page.
     pub(super) fn note_tried(&mut self, what: Try, cost: Duration, saved_bytes: usize) {
         self.trial(what).note(cost, saved_bytes);
@@ -191,6 +262,7 @@ impl Effort {
     fn trial(&mut self, what: Try) -> &mut Trial {
         match what {
             Try::Pack => &mut self.pack,
+            Try::Zstd => &mut self.zstd,
             Try::Delta => &mut self.delta,
         }
     }
@@ -276,6 +348,61 @@ mod tests {
         effort.note_looked(Level::Zeros, ns(4000), 8, 8);
         effort.note_looked(Level::Zeros, ns(4000), 8, 8);
         assert_eq!(effort.level(), Level::Zeros);
+    }
+
+    /// Of the second half of pages that LZ4 makes 800 bytes shorter and Zstandard 3000, in a fifth
+    /// of the time and not, how many go by each.
+    fn packed_by(byte_ns: u64) -> [u64; 2] {
+        let mut effort = Effort::new(false);
+        effort.note_written((ns(0), ns(byte_ns * 1_000_000)), true, 1_000_000);
+        let (may_be, mut by) = ([Some(Try::Pack), Some(Try::Zstd)], [0, 0]);
+        for number in 0..2000 {
+            let chosen = effort.compressions(may_be);
+            for (count, (what, cost, saves)) in
+                by.iter_mut().zip([(Try::Pack, 5_000, 800), (Try::Zstd, 25_000, 3000)])
+            {
+                if chosen.contains(&Some(what)) {
+                    effort.note_tried(what, ns(cost), saves);
+                    *count += u64::from(number >= 1000);
+                }
+            }
+        }
+        by
+    }
+
+    #[test]
+    fn the_slower_a_way_the_more_is_compressed() {
+        // 1 Mbit/s takes 8000 ns a byte.
+        let [lz4, zstd] = packed_by(8000 / 100);
+        assert!(lz4 < 50 && zstd > 950, "100 Mbit/s: {lz4}, {zstd}");
+        let [lz4, zstd] = packed_by(8);
+        assert!(lz4 > 950 && zstd < 50, "1 Gbit/s: {lz4}, {zstd}");
+        let [lz4, zstd] = packed_by(3);
+        assert!(lz4 < 50 && zstd == 0, "2.7 Gbit/s: {lz4}, {zstd}");
+        assert_eq!(packed_by(1), [0, 0], "8 Gbit/s");
+    }
+
+    #[test]
+    fn where_processors_are_scarce_only_what_saves_something_is_done() {
+        let level = |queued_percent: u64, saved: usize| {
+            let (mut effort, mut levels) = (Effort::new(false), Vec::new());
+            for batch in 1..=100 {
+                let now = ns(batch * 40_000_000);
+                effort.note_queued(now, now * u32::try_from(queued_percent).unwrap() / 100);
+                let level = effort.level();
+                levels.push(level);
+                effort.note_looked(level, ns(500 * 1024), 1024, 0);
+                if level == Level::All {
+                    effort.note_all(ns(2000 * 1024), 1024, saved * 1024);
+                }
+                effort.note_written((now, now + ns(36_000_000)), true, 4 * MIB);
+            }
+            let seldom = levels[50..].iter().filter(|level| **level == Level::All).count();
+            (levels[99], seldom)
+        };
+        assert_eq!(level(1, 0), (Level::All, 50));
+        assert_eq!(level(30, 3000), (Level::All, 50));
+        assert!(matches!(level(30, 0), (Level::Nothing, 1 | 2)), "{:?}", level(30, 0));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::frame::{PAGE_SIZE, PageBuf, Pfn};
 use crate::source::effort::{Effort, Level, Try};
 use crate::source::shares::RUN_PAGES;
 use crate::stream::libxc::PageEntry;
+use crate::stream::packed::{ZstdPacker, pack};
 use crate::stream::reduced::{self, Agreed, Builder, Reduce, Reduced};
 
 /// Digests that are kept by all links together: of 1 GiB of pages. 24 bytes for each, 6 MiB.
@@ -44,6 +45,9 @@ pub struct Reducing<'a> {
     pub agreed: Agreed,
     /// When it began is of no matter.
     pub clock: Clock<'a>,
+    /// For how long who works has waited for a processor so far; it stands still where that is
+    /// not known.
+    pub queued: Clock<'a>,
 }
 
 impl fmt::Debug for Reducing<'_> {
@@ -56,7 +60,14 @@ impl Reducing<'_> {
     /// Nothing may be left out.
     #[must_use]
     pub fn nothing() -> Self {
-        Reducing { agreed: Agreed::default(), clock: Box::new(|| Duration::ZERO) }
+        Reducing::timeless(Agreed::default())
+    }
+
+    /// For tests: nothing takes any time.
+    #[must_use]
+    pub fn timeless(agreed: Agreed) -> Self {
+        let stands = || Duration::ZERO;
+        Reducing { agreed, clock: Box::new(stands), queued: Box::new(stands) }
     }
 }
 
@@ -64,6 +75,7 @@ impl Reducing<'_> {
 pub(super) struct Reducer<'a> {
     agreed: Agreed,
     clock: Clock<'a>,
+    queued: Clock<'a>,
     effort: Effort,
     known: Known,
     builder: Builder,
@@ -72,7 +84,13 @@ pub(super) struct Reducer<'a> {
     looked: Duration,
     pages: usize,
     zeros: usize,
+    /// What was done with pages beside looking, and how many bytes all that has saved.
+    tried: Duration,
+    saved: usize,
+    /// What comes of a page.
     packed: Vec<u8>,
+    dense: Vec<u8>,
+    zstd: ZstdPacker,
     differs: Box<PageBuf>,
     pub(super) left_out: LeftOut,
 }
@@ -80,10 +98,11 @@ pub(super) struct Reducer<'a> {
 impl<'a> Reducer<'a> {
     /// `None`: nothing may be left out.
     pub(super) fn new(reducing: Reducing<'a>) -> Option<Reducer<'a>> {
-        let Reducing { agreed, clock } = reducing;
+        let Reducing { agreed, clock, queued } = reducing;
         (!agreed.reduce.is_none()).then(|| Reducer {
             agreed,
             clock,
+            queued,
             effort: Effort::new(agreed.reduce.has(Reduce::ALWAYS)),
             known: Known::of(agreed.links),
             builder: Builder::default(),
@@ -91,7 +110,11 @@ impl<'a> Reducer<'a> {
             looked: Duration::ZERO,
             pages: 0,
             zeros: 0,
+            tried: Duration::ZERO,
+            saved: 0,
             packed: Vec::new(),
+            dense: Vec::new(),
+            zstd: ZstdPacker::default(),
             differs: PageBuf::zeroed(),
             left_out: LeftOut::default(),
         })
@@ -110,6 +133,7 @@ impl<'a> Reducer<'a> {
     /// Whether the pages of the next batch are to be looked at. `sample` reads one of [`SAMPLES`].
     pub(super) fn begin(&mut self, mut sample: impl FnMut(usize, &mut PageBuf)) -> bool {
         let kinds = self.agreed.reduce;
+        self.effort.note_queued(self.now(), (self.queued)());
         self.level = self.effort.level();
         if self.level == Level::Nothing && kinds.has(Reduce::ZERO) {
             let from = self.now();
@@ -120,13 +144,17 @@ impl<'a> Reducer<'a> {
             let zeros = zeros.count();
             let cost = self.now().saturating_sub(from);
             self.effort.note_looked(Level::Zeros, cost, SAMPLES, zeros);
-            self.level = self.effort.level();
+            if self.effort.zeros_pay() {
+                self.level = Level::Zeros;
+            }
         }
         let remembers = kinds.has(Reduce::SAME) || kinds.has(Reduce::DELTA);
-        if self.level == Level::All && !remembers && !kinds.has(Reduce::COMPRESS) {
+        let compresses = kinds.has(Reduce::COMPRESS) || kinds.has(Reduce::ZSTD);
+        if self.level == Level::All && !remembers && !compresses {
             self.level = Level::Zeros;
         }
         (self.looked, self.pages, self.zeros) = (Duration::ZERO, 0, 0);
+        (self.tried, self.saved) = (Duration::ZERO, 0);
         match self.level {
             Level::Nothing => false,
             Level::Zeros => kinds.has(Reduce::ZERO),
@@ -138,6 +166,9 @@ impl<'a> Reducer<'a> {
     pub(super) fn end(&mut self) {
         if self.pages > 0 {
             self.effort.note_looked(self.level, self.looked, self.pages, self.zeros);
+            if self.level == Level::All {
+                self.effort.note_all(self.looked + self.tried, self.pages, self.saved);
+            }
         }
     }
 
@@ -164,7 +195,8 @@ impl<'a> Reducer<'a> {
         again: bool,
         from: Duration,
     ) -> Result<Option<Vec<u8>>> {
-        let Reducer { agreed, effort, known, builder, packed, differs, clock, left_out, .. } = self;
+        let Reducer { agreed, effort, known, builder, differs, clock, left_out, .. } = self;
+        let (packed, dense) = (&mut self.packed, &mut self.dense);
         let (kinds, pfn) = (agreed.reduce, entry.pfn);
         let mut form = None;
         let mut digest = None;
@@ -189,11 +221,13 @@ impl<'a> Reducer<'a> {
             let from = clock();
             differs.0 = page.0;
             reduced::xor(differs, copy);
-            form = reduced::pack(differs, packed)
+            form = pack(differs, packed)
                 .filter(|bytes| bytes.len() < DELTA_BYTES_MAX)
                 .map(|bytes| Reduced::Delta(digest, bytes));
             let saved = form.map_or(0, |form| PAGE_SIZE - form.len());
-            effort.note_tried(Try::Delta, clock().saturating_sub(from), saved);
+            let cost = clock().saturating_sub(from);
+            effort.note_tried(Try::Delta, cost, saved);
+            self.tried += cost;
         }
         let from = clock();
         match digest.filter(|_| !matches!(form, Some(Reduced::Same(_)))) {
@@ -203,17 +237,33 @@ impl<'a> Reducer<'a> {
         }
         let remembered = clock();
         self.looked += remembered.saturating_sub(from);
-        if form.is_none()
-            && self.level == Level::All
-            && kinds.has(Reduce::COMPRESS)
-            && effort.wants(Try::Pack)
-        {
-            form = reduced::pack(page, packed).map(Reduced::Packed);
-            let saved = form.map_or(0, |form| PAGE_SIZE - form.len());
-            effort.note_tried(Try::Pack, clock().saturating_sub(remembered), saved);
+        if form.is_none() && self.level == Level::All {
+            let lz4 = kinds.has(Reduce::COMPRESS).then_some(Try::Pack);
+            let zstd = kinds.has(Reduce::ZSTD).then_some(Try::Zstd);
+            let (mut from, mut best) = (remembered, (Try::Pack, PAGE_SIZE));
+            for what in effort.compressions([lz4, zstd]).into_iter().flatten() {
+                let shorter = match what {
+                    Try::Zstd => self.zstd.pack(page, dense),
+                    Try::Pack | Try::Delta => pack(page, packed),
+                };
+                let (length, done) = (shorter.map_or(PAGE_SIZE, <[u8]>::len), clock());
+                let cost = done.saturating_sub(from);
+                effort.note_tried(what, cost, PAGE_SIZE - length);
+                self.tried += cost;
+                from = done;
+                if length < best.1 {
+                    best = (what, length);
+                }
+            }
+            form = match best {
+                (_, PAGE_SIZE) => None,
+                (Try::Zstd, length) => dense.get(..length).map(Reduced::Zstd),
+                (_, length) => packed.get(..length).map(Reduced::Packed),
+            };
         }
         let form = form.unwrap_or(Reduced::Whole(page));
         left_out.note(&form);
+        self.saved += PAGE_SIZE.saturating_sub(form.len());
         let mut full = None;
         if builder.bytes() >= RECORD_BYTES {
             full = Some(builder.take()?);
@@ -325,8 +375,7 @@ mod tests {
 
     fn reducer(reduce: Reduce) -> Reducer<'static> {
         let agreed = Agreed { reduce: reduce.or(Reduce::ALWAYS), seed: 3, links: 1 };
-        let clock = Box::new(|| Duration::ZERO);
-        Reducer::new(Reducing { agreed, clock }).unwrap()
+        Reducer::new(Reducing::timeless(agreed)).unwrap()
     }
 
     /// Sends a page: how many bytes that takes, and what the receiver has afterwards.
@@ -356,6 +405,13 @@ mod tests {
         page
     }
 
+    /// Letters of which some are frequent, in no order.
+    fn words() -> PageBuf {
+        let mut page = noise(3);
+        page.0.iter_mut().for_each(|byte| *byte = b"eeeeee  "[usize::from(*byte % 8)]);
+        page
+    }
+
     #[test]
     fn what_is_known_of_a_page_is_left_out() {
         let (mut all, mut had) = (reducer(Reduce::ALL), noise(0));
@@ -366,8 +422,13 @@ mod tests {
         assert!(send(&mut all, 7, &now, &mut had) < 100, "a byte has changed");
         assert_eq!(send(&mut all, 7, &PageBuf([0; PAGE_SIZE]), &mut had), 0);
         assert_eq!(send(&mut all, 7, &now, &mut had), PAGE_SIZE, "a page of zeros is not kept");
-        assert!(send(&mut all, 7, &PageBuf([9; PAGE_SIZE]), &mut had) < 100, "compressed");
-        assert_eq!(all.left_out.by_kind().map(|(_, saved)| saved.pages), [1, 1, 1, 1]);
+        let words = words();
+        let dense = send(&mut all, 8, &words, &mut had);
+        assert_eq!(all.left_out.by_kind().map(|(_, saved)| saved.pages), [1, 1, 0, 1, 1]);
+        let mut lz4 = reducer(Reduce::COMPRESS);
+        let packed = send(&mut lz4, 8, &words, &mut had);
+        assert!(dense < 1500 && dense < packed && packed < PAGE_SIZE, "{dense}, {packed}");
+        assert_eq!(lz4.left_out.compress.pages, 1);
     }
 
     #[test]
@@ -397,8 +458,7 @@ mod tests {
         assert!(64 * all.digests_max <= DIGESTS_MAX && 64 * all.copies_max <= COPIES_MAX);
         assert!(all.digests_max > 0 && all.copies_max > 0);
         let agreed = Agreed { reduce: Reduce::ALL, seed: 3, links: u8::MAX };
-        let clock = Box::new(|| Duration::ZERO);
-        let mut all = Reducer::new(Reducing { agreed, clock }).unwrap();
+        let mut all = Reducer::new(Reducing::timeless(agreed)).unwrap();
         // Each pair shares a slot of the digests.
         let mut had = noise(0);
         for pfn in [7, 7 + all.known.digests_max as u64, 7] {
@@ -414,6 +474,7 @@ mod tests {
         for (kind, expected) in [
             (Reduce::ZERO, [0, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]),
             (Reduce::SAME, [PAGE_SIZE, PAGE_SIZE, 8, PAGE_SIZE]),
+            (Reduce::ZSTD, [16, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]),
             (Reduce::COMPRESS, [32, PAGE_SIZE, PAGE_SIZE, PAGE_SIZE]),
             (Reduce::DELTA, [PAGE_SIZE, PAGE_SIZE, 40, 40]),
         ] {

@@ -305,7 +305,7 @@ impl Senders {
         let agreed = offer.map(|offer| offer.agreed(offer.known())).unwrap_or_default();
         let mut worker = SendingThread { id, requests, said, leaves_after };
         self.threads.push(thread::spawn(move || {
-            let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+            let reducing = Reducing::timeless(agreed);
             let ended = work(&domain, &mut out, &mut worker, reducing);
             let why = ended.err().map_or("no reason".into(), |error| error.chain());
             let _ = worker.said.send(Said::Ended(id, why));

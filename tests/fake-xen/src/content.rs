@@ -23,7 +23,8 @@ use crate::migration::{GuestKind, joined};
 use crate::ways::Ways;
 
 /// What may be left out: nothing, each kind, everything; and everything whether that pays or not.
-const REDUCE: [&str; 7] = ["none", "zero", "same", "delta", "compress", "all", "all,always"];
+const REDUCE: [&str; 8] =
+    ["none", "zero", "same", "delta", "compress", "zstd", "all", "all,always"];
 /// How a link is at full speed.
 const AT_FULL_SPEED: [Kind; 3] =
     [plain("none"), plain("all"), Kind { encrypted: true, ..plain("none") }];

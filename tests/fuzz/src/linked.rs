@@ -6,7 +6,8 @@ use rxl_migrate::stream::libxc::{PageEntry, StreamHeader, page_data_head};
 use rxl_migrate::stream::link::{
     LinkSet, Offer, Secret, link_lost_record, pass_end_record, pass_record,
 };
-use rxl_migrate::stream::reduced::{Builder, Reduced, pack};
+use rxl_migrate::stream::packed::{ZstdPacker, pack};
+use rxl_migrate::stream::reduced::{Builder, Reduced};
 
 use crate::AGREED;
 
@@ -83,7 +84,7 @@ pub(crate) fn reduced(pfn: u64, had: u8) -> Vec<u8> {
         *byte = 1;
     }
     let digest = AGREED.digest(&before);
-    let (mut packed, mut delta) = (Vec::new(), Vec::new());
+    let (mut packed, mut delta, mut dense) = (Vec::new(), Vec::new(), Vec::new());
     let packed = pack(&content, &mut packed).expect("it is shorter");
     let delta = pack(&differs, &mut delta).expect("it is shorter");
     let pages = [
@@ -92,6 +93,7 @@ pub(crate) fn reduced(pfn: u64, had: u8) -> Vec<u8> {
         Reduced::Zero,
         Reduced::Packed(packed),
         Reduced::Whole(&content),
+        Reduced::Zstd(ZstdPacker::default().pack(&content, &mut dense).expect("it is shorter")),
     ];
     let mut builder = Builder::default();
     for (pfn, page) in (pfn..).zip(pages) {

@@ -6,7 +6,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind};
 use std::rc::Rc;
-use std::time::Duration;
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
@@ -165,7 +164,7 @@ impl Worker {
         let stack = DefaultStack::new(STACK_BYTES).expect("a stack");
         let running = Coroutine::with_stack(stack, move |yielder: &Yielder<_, _>, _| {
             let mut socket = Socket { yielder, reply: Cell::default() };
-            let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+            let reducing = Reducing::timeless(agreed);
             match work(&domain, &mut out, &mut socket, reducing) {
                 Ok(()) => String::new(),
                 Err(error) => {

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use rxl_migrate::fake::{FakeDomain, FakePages, FakeToolstack, Rng, Wire};
 use rxl_migrate::hypervisor::{PagePiece, StreamOut};
@@ -154,7 +153,7 @@ impl Workers for InMemory<'_> {
     fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()> {
         let mut once = Once(Some(request.clone()), None);
         let agreed = self.offer.agreed(self.offer.known());
-        let reducing = Reducing { agreed, clock: Box::new(|| Duration::ZERO) };
+        let reducing = Reducing::timeless(agreed);
         let _ = work(self.guest, &mut Nowhere(&mut self.wires[worker]), &mut once, reducing);
         self.news.push_back(match once.1 {
             Some(reply) => News::Reply(worker, Reply { confirmed: reply.sent, ..reply }),

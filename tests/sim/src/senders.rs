@@ -217,8 +217,8 @@ where
     O: StreamOut<FakePages> + Confirmed,
 {
     let process = employed.process;
-    let reducing =
-        Reducing { agreed, clock: Box::new(|| Duration::from_millis(process.world().now)) };
+    let clock = Box::new(|| Duration::from_millis(process.world().now));
+    let reducing = Reducing { agreed, clock, queued: Box::new(|| Duration::ZERO) };
     let domain = Stepped::new(process, domain);
     if let Err(error) = work(&domain, &mut out, &mut employed, reducing) {
         process.world().trace.say(|| format!("a worker fails: {}", error.chain()));
