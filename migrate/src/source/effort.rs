@@ -20,6 +20,8 @@ use crate::frame::PAGE_SIZE;
 const HIDDEN_SHARE: f64 = 1.0 / 16.0;
 /// Pages, or batches, until something that does not pay is tried again.
 const PAGES_UNTRIED: u32 = 32;
+/// The same for what would not pay if it left nothing of a page: that may have been measured wrong.
+const PAGES_HOPELESS: u32 = 1024;
 /// The weight of something new in a mean.
 const NEW: f64 = 1.0 / 8.0;
 /// Of what a byte costs, after a write that did not have to wait: the way may be faster than it
@@ -40,6 +42,12 @@ impl Mean {
     fn add(&mut self, value: f64) {
         self.0 = Some(self.0.map_or(value, |mean| mean + NEW * (value - mean)));
     }
+
+    /// A time that something took. One that is far longer than most says little: something else was
+    /// done on the processor meanwhile.
+    fn add_cost(&mut self, value: f64) {
+        self.add(self.0.map_or(value, |mean| value.min(2.0 * mean)));
+    }
 }
 
 /// Something that can be done with a page, or with all pages of a batch.
@@ -49,6 +57,8 @@ struct Trial {
     cost: Mean,
     /// Bytes a page.
     saves: Mean,
+    /// It was done once. What that took is not counted: memory and caches were not there yet.
+    is_warm: bool,
     /// Pages, or batches, since it was tried.
     untried: u32,
 }
@@ -61,10 +71,10 @@ impl Trial {
         let (Some(cost), Some(saves)) = (self.cost.0, self.saves.0) else {
             return Some(f64::INFINITY);
         };
-        let gain =
-            if self.untried >= PAGES_UNTRIED { f64::INFINITY } else { saves * byte_ns - cost };
-        // Not even if nothing were left of a page.
-        (page(byte_ns) >= cost && gain >= 0.0).then_some(gain)
+        let could = page(byte_ns) >= cost;
+        let is_due = self.untried >= if could { PAGES_UNTRIED } else { PAGES_HOPELESS };
+        let gain = if is_due { f64::INFINITY } else { saves * byte_ns - cost };
+        (gain >= 0.0).then_some(gain)
     }
 
     /// Whether to do it. That it is tried now is noted.
@@ -76,9 +86,12 @@ impl Trial {
         wanted
     }
 
-    fn note(&mut self, cost: Duration, saved_bytes: usize) {
-        self.cost.add(ns(cost));
-        self.saves.add(float(saved_bytes));
+    fn note(&mut self, cost_ns: f64, saved_bytes: f64) {
+        if self.is_warm {
+            self.cost.add_cost(cost_ns);
+            self.saves.add(saved_bytes);
+        }
+        self.is_warm = true;
     }
 }
 
@@ -214,16 +227,15 @@ impl Effort {
     /// All was done with `pages` pages, in this time, and saved so many bytes.
     pub(super) fn note_all(&mut self, cost: Duration, pages: usize, saved_bytes: usize) {
         let pages = float(pages.max(1));
-        self.whole.cost.add(ns(cost) / pages);
-        self.whole.saves.add(float(saved_bytes) / pages);
+        self.whole.note(ns(cost) / pages, float(saved_bytes) / pages);
     }
 
     /// `pages` pages were looked at, so many of them zeros, in this time.
     pub(super) fn note_looked(&mut self, level: Level, cost: Duration, pages: usize, zero: usize) {
         let each = ns(cost) / float(pages.max(1));
         match level {
-            Level::All => self.all.add(each),
-            Level::Nothing | Level::Zeros => self.zeros.add(each),
+            Level::All => self.all.add_cost(each),
+            Level::Nothing | Level::Zeros => self.zeros.add_cost(each),
         }
         self.zero_share.add(float(zero) / float(pages.max(1)));
     }
@@ -256,7 +268,7 @@ impl Effort {
 
     /// It was tried on a page.
     pub(super) fn note_tried(&mut self, what: Try, cost: Duration, saved_bytes: usize) {
-        self.trial(what).note(cost, saved_bytes);
+        self.trial(what).note(ns(cost), float(saved_bytes));
     }
 
     fn trial(&mut self, what: Try) -> &mut Trial {
@@ -371,6 +383,22 @@ mod tests {
     }
 
     #[test]
+    fn a_time_that_was_somebody_elses_does_not_count_for_long() {
+        let mut effort = Effort::new(false);
+        effort.note_written((ns(0), ns(40_000_000)), true, 1_000_000);
+        let (only, mut packed) = ([None, Some(Try::Zstd)], 0);
+        for number in 0..2000 {
+            if effort.compressions(only).contains(&Some(Try::Zstd)) {
+                packed += 1;
+                // At first, and now and then, another process runs for a while.
+                let cost = if number % 100 == 0 { 4_000_000 } else { 25_000 };
+                effort.note_tried(Try::Zstd, ns(cost), 3000);
+            }
+        }
+        assert!(packed > 1990, "{packed}");
+    }
+
+    #[test]
     fn the_slower_a_way_the_more_is_compressed() {
         // 1 Mbit/s takes 8000 ns a byte.
         let [lz4, zstd] = packed_by(8000 / 100);
@@ -378,8 +406,8 @@ mod tests {
         let [lz4, zstd] = packed_by(8);
         assert!(lz4 > 950 && zstd < 50, "1 Gbit/s: {lz4}, {zstd}");
         let [lz4, zstd] = packed_by(3);
-        assert!(lz4 < 50 && zstd == 0, "2.7 Gbit/s: {lz4}, {zstd}");
-        assert_eq!(packed_by(1), [0, 0], "8 Gbit/s");
+        assert!(lz4 < 50 && zstd <= 1, "2.7 Gbit/s: {lz4}, {zstd}");
+        assert!(packed_by(1).into_iter().all(|pages| pages <= 1), "8 Gbit/s");
     }
 
     #[test]
@@ -414,10 +442,10 @@ mod tests {
             now += ns(36_000 * 128);
         }
         effort.note_looked(Level::All, ns(512_000), 1024, 0);
-        effort.note_tried(Try::Pack, ns(7000), 3000);
+        (0..2).for_each(|_| effort.note_tried(Try::Pack, ns(7000), 3000));
         assert!(effort.wants(Try::Pack) && effort.level() == Level::All);
         let mut writes = 0;
-        while effort.wants(Try::Pack) {
+        while writes < 1000 && effort.wants(Try::Pack) {
             effort.note_written((now, now + ns(20_000)), false, MIB / 2);
             writes += 1;
         }
