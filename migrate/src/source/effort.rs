@@ -4,7 +4,7 @@
 //! Processor time is worth spending while the way to the receiver is what everybody waits for, and
 //! only then. So what a byte costs there is learned from writes that had to wait: between two of
 //! them the way was never idle. What a page costs here, and what it saves, is learned by doing it.
-//! What does not pay is tried again now and then, if it could pay at all.
+//! What does not pay is tried again now and then, and seldom what could not pay at all.
 //!
 //! What is done while the way is busy costs nothing, unless processors are scarce: then somebody
 //! else waits for it, perhaps the guest. Whoever has to wait for a processor itself knows that.

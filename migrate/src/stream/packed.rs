@@ -14,7 +14,8 @@ use crate::frame::{PAGE_SIZE, PageBuf};
 
 /// What is not shorter than this is not worth it.
 const PACKED_BYTES_MAX: usize = PAGE_SIZE - 9;
-/// The fastest of Zstandard's common levels; higher ones leave a tenth less and take twice as long.
+/// The fastest of Zstandard's common levels. Of words, the only content that was compared, level 3
+/// leaves 945 bytes of a page instead of 1038, in the same time.
 const ZSTD_LEVEL: i32 = 1;
 
 /// Compresses `page` by LZ4 into `into`, if that makes it shorter: how much of `into` that is.
@@ -30,7 +31,7 @@ pub fn unpack(packed: &[u8], page: &mut PageBuf) -> bool {
     matches!(lz4_flex::block::decompress_into(packed, &mut page.0), Ok(PAGE_SIZE))
 }
 
-/// Compresses pages by Zstandard, with what that takes: some hundred KiB, from the first page on.
+/// Compresses pages by Zstandard, with what that takes: about 240 KiB, from the first page on.
 #[derive(Default)]
 pub struct ZstdPacker(Option<Compressor<'static>>);
 
