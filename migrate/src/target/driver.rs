@@ -280,11 +280,12 @@ where
                     self.crew.differing.note(differing);
                 }
                 Action::Complete => {
-                    self.domain.leave_mapped();
                     self.crew.dismiss();
                     self.crew.differing.conclude(self.toolstack)?;
                     self.verification.report(self.toolstack);
-                    return self.guest.complete(options);
+                    let outcome = self.guest.complete(options)?;
+                    self.domain.leave_mapped();
+                    return Ok(outcome);
                 }
             }
         }

@@ -11,9 +11,10 @@ use std::net::{SocketAddr, TcpStream};
 use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
+use std::{process, thread};
 
 use anyhow::{Context, Result, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -37,8 +38,12 @@ const HELD_UP: Duration = Duration::from_millis(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(200);
 /// Between two bytes that a slow stranger sends.
 const SLOW: Duration = Duration::from_millis(20);
-/// What the guest's pages are full of.
-const MARK: &[u8; 8] = b"Xguest!X";
+/// What the guest's pages are full of. It is this process's own: who listens hears others too.
+static MARK: LazyLock<[u8; 8]> = LazyLock::new(|| {
+    let mut mark = *b"Xguest!X";
+    mark.iter_mut().skip(1).zip(process::id().to_le_bytes()).for_each(|(to, byte)| *to = byte);
+    mark
+});
 /// Bytes of a packet between two places at which the mark is looked for.
 const STRIDE: usize = 1024;
 const ETH_P_ALL: u16 = 3;
@@ -255,7 +260,7 @@ fn listen(tap: &OwnedFd, over: &AtomicBool) -> Result<(usize, usize)> {
 fn is_marked(packet: &[u8]) -> bool {
     let window = 2 * MARK.len() - 1;
     let mut places = packet.windows(window).step_by(STRIDE);
-    places.any(|place| place.windows(MARK.len()).any(|word| word == MARK))
+    places.any(|place| place.windows(MARK.len()).any(|word| word == *MARK))
 }
 
 #[cfg(test)]
