@@ -279,6 +279,10 @@ pub trait SourceDomain: Domain {
     /// # Errors
     /// The hypercall's.
     fn log_dirty_clean(&self, bitmap: &mut PageBitmap, last: bool) -> HvResult<()>;
+    /// [`Domain::map`] will be asked for just these frames, to be read, after something else has
+    /// been sent: it may begin with that. What was announced before and has not been asked for will
+    /// not be.
+    fn map_ahead(&self, _frames: &[u64]) {}
     /// Types of up to [`BATCH_PAGES_MAX`] frames, in order.
     ///
     /// # Errors

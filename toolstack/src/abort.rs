@@ -81,6 +81,20 @@ pub fn ignore_terminal() -> io::Result<()> {
         .try_for_each(|signal| set_action(signal, libc::SIG_IGN))
 }
 
+/// From now on SIGTERM is not for this thread.
+pub(crate) fn leave_to_main_thread() {
+    // SAFETY: a set of signals, for which zeros are memory like any other.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: makes it the empty set.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in [libc::SIGTERM, libc::SIGALRM] {
+        // SAFETY: a set and a signal that exists.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    // SAFETY: a complete set; where the old one goes is not wanted.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+}
+
 /// How one thread stops another, whatever that waits for.
 #[derive(Clone, Debug)]
 pub(crate) struct Stop(Arc<AtomicBool>);
@@ -99,16 +113,7 @@ impl Stop {
     /// From now on this is what stops this thread, and SIGTERM is for others.
     pub(crate) fn heed(self) {
         STOP.set(Some(self));
-        // SAFETY: a set of signals, for which zeros are memory like any other.
-        let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
-        // SAFETY: makes it the empty set.
-        unsafe { libc::sigemptyset(&raw mut set) };
-        for signal in [libc::SIGTERM, libc::SIGALRM] {
-            // SAFETY: a set and a signal that exists.
-            unsafe { libc::sigaddset(&raw mut set, signal) };
-        }
-        // SAFETY: a complete set; where the old one goes is not wanted.
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+        leave_to_main_thread();
     }
 
     /// Waits until `thread`, which heeds this, has come to its end.

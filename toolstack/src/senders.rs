@@ -364,6 +364,16 @@ impl<F: AsFd, O: Idle> Employer<O> for Socket<F> {
         messages::receive(self.0.as_fd())
     }
 
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
+        let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&nothing)) {
+            // If it is the end, that will be seen again.
+            Ok(1..) => messages::receive(self.0.as_fd()),
+            Ok(_) | Err(Errno::INTR) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     fn reply(&mut self, reply: &Reply) -> io::Result<()> {
         messages::send(self.0.as_fd(), reply)
     }

@@ -1,6 +1,10 @@
 //! Sends one batch of pages: looks up frames, asks for types, maps, normalises page tables, writes
 //! a page-data record, or one of digests.
 //!
+//! It does so in two steps: what a batch consists of is looked up ([`BatchSender::look_up`]) before
+//! the batch in front of it is sent ([`BatchSender::send`]), so that its pages can be mapped
+//! meanwhile. Both are in one pass, after its dirty bits were read.
+//!
 //! A batch needs nothing of other batches of its pass, and whoever sends it keeps nothing of it but
 //! mappings ([`super::kept`]): what became of its pages is the [`Outcome`], and [`super::pass`]
 //! remembers it.
@@ -149,6 +153,15 @@ impl Outcome {
     }
 }
 
+/// A batch that has been looked up and is to be sent.
+pub(super) struct Looked {
+    pass: Pass,
+    /// Its pages that have data.
+    data: Vec<Page>,
+    /// What has become of all others.
+    outcome: Outcome,
+}
+
 /// A page on its way: its pfn, its frame and its type.
 #[derive(Clone, Copy)]
 struct Page {
@@ -180,6 +193,16 @@ fn before<P: ForeignPages>(
 fn alloc_only<P>(pages: &[Ready<'_, P>]) -> Result<Vec<u8>> {
     let entry = |page: &Ready<'_, P>| PageEntry { kind: PageType::AllocOnly, ..page.entry };
     Ok(libxc::page_data_head(&pages.iter().map(entry).collect::<Vec<_>>())?)
+}
+
+/// Those of `pages` that are nowhere, and their frames.
+fn others<P>(pages: &[Page], places: &[Option<Place<P>>]) -> Vec<(Pfn, u64)> {
+    let others = pages.iter().zip(places).filter(|(_, place)| place.is_none());
+    others.map(|(page, _)| (page.pfn, page.frame)).collect()
+}
+
+fn frames_of(pages: &[(Pfn, u64)]) -> Vec<u64> {
+    pages.iter().map(|(_, frame)| *frame).collect()
 }
 
 /// Pages that are mapped.
@@ -229,26 +252,41 @@ where
         Counters { kept_pages: self.kept_pages, left_out, ..self.domain.counters() }
     }
 
-    /// Sends `batch`, at most [`crate::hypervisor::BATCH_PAGES_MAX`] pages, as part of `pass`.
+    /// Looks up what `batch`, at most [`crate::hypervisor::BATCH_PAGES_MAX`] pages, consists of, as
+    /// part of `pass`.
     ///
     /// # Errors
-    /// Xen's, the stream's; in the last pass also a page that cannot be sent.
-    pub(super) fn send(&mut self, batch: &[Pfn], pass: Pass) -> Result<Outcome> {
+    /// Xen's.
+    pub(super) fn look_up(&mut self, batch: &[Pfn], pass: Pass) -> Result<Looked> {
         if self.pass != pass.number {
             self.pass = pass.number;
             self.let_go_of_stale(pass);
         }
         let mut outcome = Outcome::default();
-        let pages = self.look_up(batch, &mut outcome)?;
+        let pages = self.pages_of(batch, &mut outcome)?;
         let (data, empty): (Vec<Page>, Vec<Page>) =
             pages.into_iter().partition(|page| page.kind.has_data());
         let empty = empty.iter().map(|page| PageEntry { pfn: page.pfn, kind: page.kind });
         outcome.without_data.extend(empty);
+        Ok(Looked { pass, data, outcome })
+    }
+
+    /// Sends a batch. While it goes out, what `next` needs can be mapped.
+    ///
+    /// # Errors
+    /// Xen's, the stream's; in the last pass also a page that cannot be sent.
+    pub(super) fn send(&mut self, batch: Looked, next: Option<&Looked>) -> Result<Outcome> {
+        let Looked { pass, data, mut outcome } = batch;
         if let Some(reducer) = &mut self.reducer {
             let gone = outcome.without_data.iter().map(|entry| entry.pfn);
             outcome.without_frame.iter().copied().chain(gone).for_each(|pfn| reducer.forget(pfn));
         }
-        self.send_pages(&data, pass, &mut outcome)?;
+        let mapped = self.map(&data);
+        if let Some(next) = next {
+            let pages = others(&next.data, &self.find_kept(&next.data));
+            self.domain.map_ahead(&frames_of(&pages));
+        }
+        self.send_pages(&data, mapped, pass, &mut outcome)?;
         Ok(outcome)
     }
 
@@ -262,7 +300,7 @@ where
     }
 
     /// The pages of `batch` that have a frame, with their types.
-    fn look_up(&self, batch: &[Pfn], outcome: &mut Outcome) -> Result<Vec<Page>> {
+    fn pages_of(&self, batch: &[Pfn], outcome: &mut Outcome) -> Result<Vec<Page>> {
         let mut pages = Vec::with_capacity(batch.len());
         for &pfn in batch {
             match self.space.frame(pfn) {
@@ -280,13 +318,16 @@ where
         Ok(pages)
     }
 
-    /// Sends pages that have data, as one record. If they cannot be mapped while the guest runs,
-    /// tries halves, so that only the pages at fault are put off.
-    fn send_pages(&mut self, pages: &[Page], pass: Pass, outcome: &mut Outcome) -> Result<()> {
-        if pages.is_empty() {
-            return Ok(());
-        }
-        match self.map(pages) {
+    /// Sends pages that have data and are `mapped`, as one record. If they cannot be mapped while
+    /// the guest runs, tries halves, so that only the pages at fault are put off.
+    fn send_pages(
+        &mut self,
+        pages: &[Page],
+        mapped: HvResult<Mapped<D::Pages>>,
+        pass: Pass,
+        outcome: &mut Outcome,
+    ) -> Result<()> {
+        match mapped {
             Ok(mapped) => {
                 self.send_mapped(pages, &mapped, pass, outcome)?;
                 self.keep(mapped, pass);
@@ -300,25 +341,28 @@ where
                 }
                 _ => {
                     let (left, right) = pages.split_at(pages.len() / 2);
-                    self.send_pages(left, pass, outcome)?;
-                    self.send_pages(right, pass, outcome)
+                    self.send_pages(left, self.map(left), pass, outcome)?;
+                    self.send_pages(right, self.map(right), pass, outcome)
                 }
             },
         }
     }
 
-    /// Finds `pages` among the mappings that are kept, and maps the others.
-    fn map(&self, pages: &[Page]) -> HvResult<Mapped<D::Pages>> {
+    /// Where each of `pages` is mapped already.
+    fn find_kept(&self, pages: &[Page]) -> Vec<Option<Place<D::Pages>>> {
         let find = |page: &Page| match &self.space {
             Space::Pv(_) => self.kept.find(page.pfn, page.frame),
             // The frame that is mapped may be behind another gfn by now.
             Space::Translated { .. } => None,
         };
-        let kept: Vec<_> = pages.iter().map(find).collect();
-        let others = pages.iter().zip(&kept).filter(|(_, place)| place.is_none());
-        let new_pages: Vec<(Pfn, u64)> = others.map(|(page, _)| (page.pfn, page.frame)).collect();
-        let frames: Vec<u64> = new_pages.iter().map(|(_, frame)| *frame).collect();
-        let new = match frames.as_slice() {
+        pages.iter().map(find).collect()
+    }
+
+    /// Finds `pages` among the mappings that are kept, and maps the others.
+    fn map(&self, pages: &[Page]) -> HvResult<Mapped<D::Pages>> {
+        let kept = self.find_kept(pages);
+        let new_pages = others(pages, &kept);
+        let new = match frames_of(&new_pages).as_slice() {
             [] => None,
             frames => Some(Rc::new(self.domain.map(frames, Access::Read)?)),
         };

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::frame::{PAGE_SIZE, PageType, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, LogLevel, SourceDomain, StreamOut, Toolstack};
 use crate::report::{Event, PassPages};
-use crate::source::batch::{BatchSender, Outcome, Pass};
+use crate::source::batch::{BatchSender, Looked, Outcome, Pass};
 use crate::source::crew::{Crew, Noted, Total};
 use crate::source::shares::{Owners, Shares};
 use crate::source::workers::{WorkerId, Workers};
@@ -216,6 +216,8 @@ where
     fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
         let mut shares = Shares::new(set, &self.owners);
         let pass = progress.pass;
+        // What this process sends next.
+        let mut own: Option<Looked> = None;
         while shares.pages() > 0 {
             self.take_news(false, progress)?;
             match (self.free_worker(progress)?, &mut self.crew) {
@@ -229,12 +231,25 @@ where
                 _ => {
                     let batch = shares.next_batch(None, BATCH_PAGES_MAX);
                     self.owners.note(None, &batch);
-                    let outcome = self.batches.send(&batch, pass)?;
-                    self.note(&outcome, progress)?;
+                    let next = self.batches.look_up(&batch, pass)?;
+                    if let Some(batch) = own.take() {
+                        self.send_own(batch, Some(&next), progress)?;
+                    }
+                    own = Some(next);
                 }
             }
         }
-        Ok(())
+        own.map_or(Ok(()), |batch| self.send_own(batch, None, progress))
+    }
+
+    fn send_own(
+        &mut self,
+        batch: Looked,
+        next: Option<&Looked>,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let outcome = self.batches.send(batch, next)?;
+        self.note(&outcome, progress)
     }
 
     /// Waits for a worker that can take a batch. `None`: there is none at all.

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::frame::Pfn;
 use crate::hypervisor::{BATCH_PAGES_MAX, SourceDomain, StreamOut};
 use crate::runs;
-use crate::source::batch::{BatchSender, Outcome, Pass, Space};
+use crate::source::batch::{BatchSender, Looked, Outcome, Pass, Space};
 use crate::source::reduce::Reducing;
 use crate::stream::libxc::{self, PageEntry};
 use crate::stream::link::{self, Offer};
@@ -128,6 +128,11 @@ pub trait Employer<O> {
     /// It cannot be read, or is none; the link is broken, or the receiver has been silent on it
     /// for too long.
     fn next(&mut self, way: &mut O) -> io::Result<Option<Request>>;
+    /// The request after that, if it is there already.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none.
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>>;
     /// Answers it.
     ///
     /// # Errors
@@ -168,20 +173,30 @@ where
     let talk = |source| Error::Worker { what: "talking to the save helper", source };
     let space = Space::open(domain, &domain.info()?)?;
     let batches = BatchSender::new(domain, out, space).reduced(reducing);
-    let mut worker = Worker { batches, sent: 0 };
-    while let Some(request) = employer.next(worker.batches.out).map_err(talk)? {
+    let mut worker = Worker { batches, ahead: None, sent: 0 };
+    let mut at_hand = None;
+    loop {
+        let request = match at_hand.take() {
+            Some(request) => request,
+            None => match employer.next(worker.batches.out).map_err(talk)? {
+                Some(request) => request,
+                None => return Ok(()),
+            },
+        };
+        at_hand = employer.next_at_hand().map_err(talk)?;
         let counters = (request == Request::Count).then(|| Box::new(worker.counters()));
-        let done = worker.serve(request).map_err(Failure::from);
+        let done = worker.serve(request, at_hand.as_ref()).map_err(Failure::from);
         // A way that is broken shows it again where it matters.
         let confirmed = worker.batches.out.confirmed().unwrap_or(0);
         let reply = Reply { done, sent: worker.sent, confirmed, counters };
         employer.reply(&reply).map_err(talk)?;
     }
-    Ok(())
 }
 
 struct Worker<'a, D: SourceDomain, O> {
     batches: BatchSender<'a, D, O>,
+    /// The batch of the request that is next.
+    ahead: Option<Looked>,
     /// Records so far.
     sent: u64,
 }
@@ -191,12 +206,20 @@ where
     D: SourceDomain,
     O: StreamOut<D::Pages> + Confirmed,
 {
-    fn serve(&mut self, request: Request) -> Result<Outcome> {
+    /// Does `request`, after which there is `next`.
+    fn serve(&mut self, request: Request, next: Option<&Request>) -> Result<Outcome> {
         let mut outcome = Outcome::default();
+        let ahead = self.ahead.take();
         match request {
             Request::Batch { pages, taken_over, pass } => {
-                self.batches.take_over(&taken_over);
-                outcome = self.batches.send(&pages, pass)?;
+                let batch = match ahead {
+                    Some(batch) => batch,
+                    None => self.look_up(&pages, &taken_over, pass)?,
+                };
+                if let Some(Request::Batch { pages, taken_over, pass }) = next {
+                    self.ahead = Some(self.look_up(pages, taken_over, *pass)?);
+                }
+                outcome = self.batches.send(batch, self.ahead.as_ref())?;
                 self.sent += outcome.records;
             }
             Request::Entries(entries) => {
@@ -217,6 +240,11 @@ where
             Request::Count => {}
         }
         Ok(outcome)
+    }
+
+    fn look_up(&mut self, pages: &[Pfn], taken_over: &[u64], pass: Pass) -> Result<Looked> {
+        self.batches.take_over(taken_over);
+        self.batches.look_up(pages, pass)
     }
 
     fn counters(&self) -> Counters {

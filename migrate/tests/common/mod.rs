@@ -270,6 +270,11 @@ impl<O> Employer<O> for SendingThread {
         Ok(request)
     }
 
+    /// Who is to leave takes one request at a time.
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
+        Ok(if self.leaves_after.is_some() { None } else { self.requests.try_recv().ok() })
+    }
+
     fn reply(&mut self, reply: &Reply) -> io::Result<()> {
         let said = Said::Reply(self.id, reply.clone());
         self.said.send(said).map_err(|_| ErrorKind::BrokenPipe.into())

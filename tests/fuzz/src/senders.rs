@@ -133,6 +133,10 @@ impl<O> Employer<O> for Socket<'_> {
         Ok(self.yielder.suspend(self.reply.take()))
     }
 
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
+        Ok(None)
+    }
+
     fn reply(&mut self, reply: &Reply) -> io::Result<()> {
         self.reply.set(Some(reply.clone()));
         Ok(())

@@ -2,6 +2,7 @@
 //! the modelled Xen. Each hypercall, and each write or read that would block, is a moment at which
 //! others go on and at which the process can be killed.
 
+use std::cell::RefCell;
 use std::io;
 
 use rxl_migrate::bitmap::PageBitmap;
@@ -240,12 +241,14 @@ pub(crate) struct Stepped<'a, 'b> {
     process: &'a Process<'b>,
     domain: FakeDomain,
     plant: Option<Plant>,
+    /// What has been mapped ahead.
+    ahead: RefCell<Option<(Vec<u64>, HvResult<FakePages>)>>,
 }
 
 impl<'a, 'b> Stepped<'a, 'b> {
     pub(crate) fn new(process: &'a Process<'b>, domain: FakeDomain) -> Self {
         let plant = process.world().plan.plant;
-        Stepped { process, domain, plant }
+        Stepped { process, domain, plant, ahead: RefCell::default() }
     }
 
     fn then(&self) -> &FakeDomain {
@@ -280,6 +283,11 @@ impl Domain for Stepped<'_, '_> {
     fn map(&self, frames: &[u64], access: Access) -> HvResult<FakePages> {
         if self.plant == Some(Plant::MappingLeaks) && access == Access::Read {
             std::mem::forget(self.domain.map(frames, access)?);
+        }
+        let ahead = self.ahead.borrow_mut().take_if(|(announced, _)| announced == frames);
+        if let Some((_, mapped)) = ahead.filter(|_| access == Access::Read) {
+            self.process.world().facts.coverage.count("mapped ahead");
+            return mapped;
         }
         self.then().map(frames, access)
     }
@@ -319,6 +327,10 @@ impl SourceDomain for Stepped<'_, '_> {
     fn set_cpu_cap(&self, cap: CpuCap) -> HvResult<()> {
         self.process.world().facts.coverage.count("policy: a guest that is slowed");
         self.then().set_cpu_cap(cap)
+    }
+
+    fn map_ahead(&self, frames: &[u64]) {
+        self.ahead.replace(Some((frames.to_vec(), self.then().map(frames, Access::Read))));
     }
 
     fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {

@@ -174,6 +174,10 @@ impl<O> Employer<O> for Once {
         Ok(self.0.take())
     }
 
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
+        Ok(None)
+    }
+
     fn reply(&mut self, reply: &Reply) -> io::Result<()> {
         self.1 = Some(reply.clone());
         Ok(())

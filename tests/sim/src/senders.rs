@@ -207,6 +207,13 @@ impl<O> Employer<O> for Employed<'_, '_> {
         self.socket.receive(self.process)
     }
 
+    fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
+        match self.process.holds(Cond::Readable(self.socket.input)) {
+            true => self.socket.receive(self.process),
+            false => Ok(None),
+        }
+    }
+
     fn reply(&mut self, reply: &Reply) -> io::Result<()> {
         self.socket.send(self.process, reply)
     }

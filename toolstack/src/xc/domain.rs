@@ -13,6 +13,7 @@ use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::{Access, BATCH_PAGES_MAX, Domain, DomainInfo, HvResult};
 use rxl_xen_sys::abi;
 
+use super::ahead::Coming;
 use super::foreign::{ForeignHandle, Mapping};
 use super::handle::{Buffer, Hypercalls};
 use super::{hv, op};
@@ -34,6 +35,8 @@ pub struct LiveDomain {
     pub(super) batch: RefCell<Buffer>,
     /// For the log-dirty bitmap: made for the first reading, kept for all others.
     pub(super) dirty: RefCell<Option<Buffer>>,
+    /// What is being mapped ahead.
+    pub(super) coming: RefCell<Option<Coming>>,
 }
 
 impl std::fmt::Debug for LiveDomain {
@@ -61,6 +64,7 @@ impl LiveDomain {
             foreign,
             batch: RefCell::new(batch),
             dirty: RefCell::new(None),
+            coming: RefCell::new(None),
         })
     }
 
@@ -123,7 +127,12 @@ impl Domain for LiveDomain {
     }
 
     fn map(&self, frames: &[u64], access: Access) -> HvResult<Mapping> {
-        self.foreign.map(self.domid.0.into(), frames, access)
+        let coming = self
+            .coming
+            .borrow_mut()
+            .take_if(|coming| access == Access::Read && coming.is_of(frames));
+        let mapped = coming.and_then(Coming::wait);
+        mapped.unwrap_or_else(|| self.foreign.map(self.domid.0.into(), frames, access))
     }
 
     fn map_m2p(&self) -> HvResult<Mapping> {

@@ -5,7 +5,8 @@
 //! A [`Mapping`] is memory that the guest (or Xen) may write at any moment, so no reference to it
 //! is ever made, not even for the length of a copy: it is accessed by volatile reads and writes of
 //! aligned words, or handed to the kernel by address (`stream`). Its address and size are those of
-//! one mapping that it owns and removes when dropped, or leaves to the end of the process. Calls of
+//! one mapping that it owns and removes when dropped, has another thread remove ([`super::ahead`]),
+//! or leaves to the end of the process. Calls of
 //! the library need an open handle, which [`ForeignHandle`] is from its making to its drop; a
 //! mapping keeps its handle alive. Whoever made a mapping ([`Mapper`]) removes it.
 #![allow(unsafe_code)]
@@ -27,6 +28,7 @@ use rxl_migrate::frame::{PageBuf, WORDS_PER_PAGE};
 use rxl_migrate::hypervisor::{Access, ForeignPages, HvResult};
 use rxl_xen_sys::stable;
 
+use super::ahead::{Coming, Helper};
 use super::handle::silent_logger;
 use super::hv;
 use super::window::Windows;
@@ -169,6 +171,8 @@ pub(super) struct ForeignHandle {
     done: Done,
     /// Whether mappings are left to the end of the process.
     leaving: AtomicBool,
+    /// What maps and unmaps beside the thread that sends; `None`: nothing does.
+    helper: OnceLock<Option<Helper>>,
 }
 
 /// What has been mapped so far.
@@ -194,8 +198,8 @@ impl ForeignHandle {
             .ok_or_else(|| hv("xenforeignmemory_open", io::Error::last_os_error()))?;
         let library = Library(raw);
         let windows = windows().map_err(|e| hv("opening /dev/rxl_map", e))?;
-        let (done, leaving) = (Done::default(), false.into());
-        Ok(Arc::new(ForeignHandle { library, windows, done, leaving }))
+        let (done, leaving, helper) = (Done::default(), false.into(), OnceLock::new());
+        Ok(Arc::new(ForeignHandle { library, windows, done, leaving, helper }))
     }
 
     pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
@@ -206,6 +210,12 @@ impl ForeignHandle {
     /// page that it unmaps, and none when a whole address space goes.
     pub(super) fn leave_mapped(&self) {
         self.leaving.store(true, Ordering::Relaxed);
+    }
+
+    /// Begins to map `frames` of `domain` for reading. `None`: there is nobody who could.
+    pub(super) fn map_ahead(self: &Arc<Self>, domain: u32, frames: &[u64]) -> Option<Coming> {
+        let helper = self.helper.get_or_init(Helper::start).as_ref();
+        helper.map(|helper| helper.map(self, domain, frames))
     }
 
     /// Notes in `counters` what has been mapped.
@@ -324,32 +334,49 @@ impl Drop for Pages {
         {
             return;
         }
-        let started = Instant::now();
-        let result = match &self.backing {
+        match &self.backing {
             Backing::Foreign(handle, way) => {
-                let mapper: &dyn Mapper = match way {
-                    Way::Library => &handle.library,
-                    Way::Windows(windows) => *windows,
-                };
-                // SAFETY: mapped by this, and of this size; no reference to it exists.
-                unsafe { mapper.unmap(self.start, self.count) }
+                let (start, pages, way) = (self.start, self.count, *way);
+                let disused = Disused { handle: Arc::clone(handle), way, start, pages };
+                match handle.helper.get() {
+                    Some(Some(helper)) if !self.writable => helper.unmap(disused),
+                    _ => disused.unmap(),
+                }
             }
             #[cfg(test)]
             Backing::Plain => {
                 let (start, bytes) = (self.start.as_ptr().cast(), self.count * PAGE_SIZE);
                 // SAFETY: mapped by `Mapping::plain`, of this size; no reference to it exists.
-                let unmapped = unsafe { libc::munmap(start, bytes) };
-                if unmapped == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+                assert_eq!(unsafe { libc::munmap(start, bytes) }, 0);
             }
-        };
-        match &self.backing {
-            Backing::Foreign(handle, _) => add(&handle.done.unmap_ns, started.elapsed().as_nanos()),
-            #[cfg(test)]
-            Backing::Plain => {}
         }
-        if let Err(error) = result {
+    }
+}
+
+/// A mapping that nobody uses any more: it is to be removed, by whatever thread.
+pub(super) struct Disused {
+    handle: Arc<ForeignHandle>,
+    way: Way,
+    start: NonNull<u64>,
+    pages: usize,
+}
+
+// SAFETY: as for `Pages`, whose place it takes.
+unsafe impl Send for Disused {}
+
+impl Disused {
+    /// Removes it.
+    pub(super) fn unmap(self) {
+        let started = Instant::now();
+        let mapper: &dyn Mapper = match self.way {
+            Way::Library => &self.handle.library,
+            Way::Windows(windows) => windows,
+        };
+        // SAFETY: mapped by this, and of this size; no reference to it exists.
+        if let Err(error) = unsafe { mapper.unmap(self.start, self.pages) } {
             tracing::warn!(%error, "guest memory stays mapped");
         }
+        add(&self.handle.done.unmap_ns, started.elapsed().as_nanos());
     }
 }
 

@@ -27,6 +27,7 @@ use std::io;
 
 use rxl_migrate::hypervisor::HvError;
 
+mod ahead;
 mod domain;
 mod foreign;
 mod grants;

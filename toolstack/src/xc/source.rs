@@ -122,6 +122,14 @@ impl SourceDomain for LiveDomain {
         Ok(())
     }
 
+    fn map_ahead(&self, frames: &[u64]) {
+        // The one before goes first: it would only be in the way.
+        self.coming.take();
+        if !frames.is_empty() {
+            self.coming.replace(self.foreign.map_ahead(self.domid.0.into(), frames));
+        }
+    }
+
     fn page_types(&self, frames: &[u64]) -> HvResult<Vec<PageType>> {
         let op = op!(XEN_DOMCTL_getpageframeinfo3);
         if frames.len() > BATCH_PAGES_MAX {
