@@ -1,20 +1,25 @@
-//! A thread that maps the next batch while this one is sent, and unmaps those that have been.
+//! A thread that maps the next batch while this one is sent, and unmaps those that have been sent
+//! or received.
 //!
-//! The kernel holds the address space's lock while it maps, and sending takes no such lock, so that
-//! both go on at once. Only what is mapped for reading is left to this thread: what can be written
-//! is removed when its user says so.
+//! The kernel holds the address space's lock while it maps, and neither sending nor receiving takes
+//! it, so that both go on at once. Of a PV guest what can be written is not left to this thread: it
+//! is removed before its user goes on.
 //!
 //! What it is not: a way to map ([`super::foreign`]), or the choice of what comes next
 //! (`rxl_migrate::source`).
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
 use std::thread;
 
 use rxl_migrate::hypervisor::{Access, HvResult};
 
 use super::foreign::{Disused, ForeignHandle, Mapping};
 use crate::abort;
+
+/// What may wait for it: what it is to map, and what it is to unmap. What is more is done by who
+/// wants it, so that it does not fall behind.
+const JOBS_MAX: usize = 2;
 
 /// What the thread is to do.
 enum Job {
@@ -28,12 +33,12 @@ enum Job {
 }
 
 /// How to reach the thread, which ends when nobody can any more and all is done.
-pub(super) struct Helper(Sender<Job>);
+pub(super) struct Helper(SyncSender<Job>);
 
 impl Helper {
     /// Starts it; `None`: it cannot be had, and all goes on without.
     pub(super) fn start() -> Option<Helper> {
-        let (jobs, for_thread) = channel();
+        let (jobs, for_thread) = sync_channel(JOBS_MAX);
         let work = move || {
             abort::leave_to_main_thread();
             for_thread.into_iter().for_each(Job::run);
@@ -45,20 +50,24 @@ impl Helper {
             .then_some(Helper(jobs))
     }
 
-    /// Begins to map `frames` of `domain`.
-    pub(super) fn map(&self, handle: &Arc<ForeignHandle>, domain: u32, frames: &[u64]) -> Coming {
+    /// Begins to map `frames` of `domain`; `None`: it has enough to do.
+    pub(super) fn map(
+        &self,
+        handle: &Arc<ForeignHandle>,
+        domain: u32,
+        frames: &[u64],
+    ) -> Option<Coming> {
         let (result, mapped) = channel();
         let (handle, frames) = (Arc::clone(handle), frames.to_vec());
         let coming = Coming { frames: frames.clone(), mapped };
-        // If the thread is gone, nothing comes.
-        let _ = self.0.send(Job::Map { handle, domain, frames, result });
-        coming
+        self.0.try_send(Job::Map { handle, domain, frames, result }).ok().map(|()| coming)
     }
 
     /// Has a mapping removed.
     pub(super) fn unmap(&self, disused: Disused) {
-        if let Err(refused) = self.0.send(Job::Unmap(disused)) {
-            refused.0.run();
+        match self.0.try_send(Job::Unmap(disused)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) => job.run(),
         }
     }
 }

@@ -55,8 +55,8 @@ impl LiveDomain {
     /// This is not a control domain of Xen (`ENOENT` or `ENODEV`, `EACCES` without privilege),
     /// its Xen is of a release that is not known here, or there is no such domain (`ESRCH`).
     pub fn open(domid: DomId) -> HvResult<LiveDomain> {
-        let (xen, _) = Hypercalls::open(domid)?;
-        let foreign = ForeignHandle::open()?;
+        let (xen, info) = Hypercalls::open(domid)?;
+        let foreign = ForeignHandle::open(describe(&info).hvm)?;
         let batch = Buffer::new(xen.handle(), 8 * BATCH_PAGES_MAX)?;
         Ok(LiveDomain {
             domid,

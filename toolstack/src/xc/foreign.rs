@@ -171,7 +171,9 @@ pub(super) struct ForeignHandle {
     done: Done,
     /// Whether mappings are left to the end of the process.
     leaving: AtomicBool,
-    /// What maps and unmaps beside the thread that sends; `None`: nothing does.
+    /// Whether what can be written may stay mapped a little longer than it is used.
+    lingers: bool,
+    /// What maps and unmaps beside the thread that moves pages; `None`: nothing does.
     helper: OnceLock<Option<Helper>>,
 }
 
@@ -191,7 +193,9 @@ fn add(to: &AtomicU64, count: u128) {
 }
 
 impl ForeignHandle {
-    pub(super) fn open() -> HvResult<Arc<ForeignHandle>> {
+    /// `lingers`: it does no harm if what can be written is unmapped a little later than its user
+    /// says. Of a PV guest it does: Xen takes no page table that is mapped so.
+    pub(super) fn open(lingers: bool) -> HvResult<Arc<ForeignHandle>> {
         // SAFETY: the logger lives for ever; no flags.
         let raw = unsafe { stable::xenforeignmemory_open(silent_logger(), 0) };
         let raw = NonNull::new(raw)
@@ -199,7 +203,7 @@ impl ForeignHandle {
         let library = Library(raw);
         let windows = windows().map_err(|e| hv("opening /dev/rxl_map", e))?;
         let (done, leaving, helper) = (Done::default(), false.into(), OnceLock::new());
-        Ok(Arc::new(ForeignHandle { library, windows, done, leaving, helper }))
+        Ok(Arc::new(ForeignHandle { library, windows, done, leaving, lingers, helper }))
     }
 
     pub(super) fn raw(&self) -> *mut stable::xenforeignmemory_handle {
@@ -212,10 +216,19 @@ impl ForeignHandle {
         self.leaving.store(true, Ordering::Relaxed);
     }
 
-    /// Begins to map `frames` of `domain` for reading. `None`: there is nobody who could.
+    /// Begins to map `frames` of `domain` for reading. `None`: there is nobody who could now.
     pub(super) fn map_ahead(self: &Arc<Self>, domain: u32, frames: &[u64]) -> Option<Coming> {
-        let helper = self.helper.get_or_init(Helper::start).as_ref();
-        helper.map(|helper| helper.map(self, domain, frames))
+        self.helper.get_or_init(Helper::start).as_ref()?.map(self, domain, frames)
+    }
+
+    /// Who is to remove a mapping, if not its user. One that was for reading may have been kept for
+    /// long, and is left to it only where there is one already.
+    fn helper_to_unmap(&self, writable: bool) -> Option<&Helper> {
+        match writable {
+            false => self.helper.get()?.as_ref(),
+            true if self.lingers => self.helper.get_or_init(Helper::start).as_ref(),
+            true => None,
+        }
     }
 
     /// Notes in `counters` what has been mapped.
@@ -338,9 +351,9 @@ impl Drop for Pages {
             Backing::Foreign(handle, way) => {
                 let (start, pages, way) = (self.start, self.count, *way);
                 let disused = Disused { handle: Arc::clone(handle), way, start, pages };
-                match handle.helper.get() {
-                    Some(Some(helper)) if !self.writable => helper.unmap(disused),
-                    _ => disused.unmap(),
+                match handle.helper_to_unmap(self.writable) {
+                    Some(helper) => helper.unmap(disused),
+                    None => disused.unmap(),
                 }
             }
             #[cfg(test)]
