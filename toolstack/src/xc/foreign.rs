@@ -6,9 +6,9 @@
 //! is ever made, not even for the length of a copy: it is accessed by volatile reads and writes of
 //! aligned words, or handed to the kernel by address (`stream`). Its address and size are those of
 //! one mapping that it owns and removes when dropped, has another thread remove ([`super::ahead`]),
-//! or leaves to the end of the process. Calls of
-//! the library need an open handle, which [`ForeignHandle`] is from its making to its drop; a
-//! mapping keeps its handle alive. Whoever made a mapping ([`Mapper`]) removes it.
+//! or leaves to the end of the process. Calls of the library need an open handle, which
+//! [`ForeignHandle`] is from its making to its drop; a mapping keeps its handle alive. Whoever made
+//! a mapping ([`Mapper`]) removes it.
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
