@@ -47,6 +47,8 @@ const LINK: &str = "link";
 pub const WORKERS_MAX: u8 = 64;
 /// How long to wait at most: a connection may have to be closed, a signal may have been missed.
 const TICK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Not at all.
+const NO_WAIT: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// The right to write to the stream, which one worker has at a time. Each has its own.
 #[derive(Debug)]
@@ -275,8 +277,7 @@ impl Pool {
             .chain(self.workers.values().map(Worker::socket))
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
-        let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
-        match poll(&mut all, Some(if wait { &TICK } else { &nothing })) {
+        match poll(&mut all, Some(if wait { &TICK } else { &NO_WAIT })) {
             Ok(_) => {}
             Err(Errno::INTR) if !abort::requested() => return Ok(false),
             Err(error) => return Err(error.into()),
@@ -365,8 +366,7 @@ impl<F: AsFd, O: Idle> Employer<O> for Socket<F> {
     }
 
     fn next_at_hand(&mut self) -> io::Result<Option<Request>> {
-        let nothing = Timespec { tv_sec: 0, tv_nsec: 0 };
-        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&nothing)) {
+        match poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&NO_WAIT)) {
             // If it is the end, that will be seen again.
             Ok(1..) => messages::receive(self.0.as_fd()),
             Ok(_) | Err(Errno::INTR) => Ok(None),
