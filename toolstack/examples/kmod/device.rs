@@ -106,15 +106,16 @@ impl Device {
         answer(unsafe { libc::ioctl(self.file.as_raw_fd(), RESTRICT, &raw const domain) })
     }
 
-    /// Has the kernel read a page into `file`. Whether there was one.
+    /// Has the kernel read a page into `file`. Whether there was one, to the end.
     pub(crate) fn read_into(&self, page: usize, file: &File) -> Result<bool> {
         let at = std::ptr::with_exposed_provenance(self.address(page));
         // SAFETY: the kernel reads, and says EFAULT if there is nothing.
         let wrote = unsafe { libc::pwrite(file.as_raw_fd(), at, PAGE, 0) };
         match (usize::try_from(wrote), io::Error::last_os_error()) {
-            (Ok(PAGE), _) => Ok(true),
+            // Fewer bytes: another thread emptied the page in the middle of it.
+            (Ok(wrote), _) => Ok(wrote == PAGE),
             (Err(_), error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(false),
-            (_, error) => Err(format!("pwrite of a page: {wrote}, {error}").into()),
+            (Err(_), error) => Err(format!("pwrite of a page: {error}").into()),
         }
     }
 
