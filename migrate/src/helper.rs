@@ -27,7 +27,7 @@ mod channel;
 mod invocation;
 mod message;
 
-pub use channel::{EventSink, HelperChannel};
+pub use channel::{EventSink, HelperChannel, Notice};
 pub use invocation::{Callbacks, Invocation, InvocationError, RestoreArgs, SaveArgs};
 pub use message::{Message, MessageError, STRING_BYTES_MAX};
 

@@ -6,6 +6,7 @@
 
 use std::ffi::OsString;
 use std::net::IpAddr;
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -171,6 +172,9 @@ pub(crate) struct GuardArgs {
     /// How much processor time to give it back
     #[arg(long)]
     pub(crate) cpu_cap: Option<u16>,
+    /// The descriptor of the lock that it holds with its owner
+    #[arg(long)]
+    pub(crate) lock: Option<RawFd>,
 }
 
 /// Options of `divert`.

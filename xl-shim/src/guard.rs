@@ -12,12 +12,13 @@ use rxl_migrate::frame::DomId;
 use rxl_migrate::hypervisor::CpuCap;
 use rxl_migrate::xl::away_name;
 use rxl_migrate::xl::guard::{self, Duty};
+use rxl_toolstack::inherit;
 use rxl_toolstack::lifecycle::{DomainState, Lifecycle, LifecycleError};
 
 use crate::Exit;
 use crate::cli::{Globals, GuardArgs};
 use crate::host::{self, Progress};
-use crate::lock::Lock;
+use crate::lock::{self, Lock};
 use crate::migrate::by_hand;
 use crate::output::{self, Screen};
 use crate::status::Runs;
@@ -77,7 +78,7 @@ impl Guard {
 
     fn spawn(ward: Ward<'_>, lock: &Lock) -> io::Result<Guard> {
         let mut command = Command::new(env::current_exe()?);
-        command.arg("domain-guard");
+        command.arg("domain-guard").arg("--lock").arg(lock.number().to_string());
         match ward {
             Ward::Leaving { domid, name, draft, to, cap } => {
                 if let Some(CpuCap(cap)) = cap {
@@ -148,7 +149,7 @@ pub(crate) fn run(globals: &Globals, ward: &GuardArgs) -> anyhow::Result<Exit> {
 
 /// Does what is to be done once the owner is gone.
 fn stand_in(globals: &Globals, ward: &GuardArgs, duty: Duty) -> anyhow::Result<Exit> {
-    let GuardArgs { side, name, domid, draft, to, cpu_cap } = ward;
+    let GuardArgs { side, name, domid, draft, to, cpu_cap, lock } = ward;
     if duty == Duty::Tell && *side == Side::Target {
         // What a receiver leaves there, the sender's user is told of.
         return Ok(Exit::Success);
@@ -164,7 +165,12 @@ fn stand_in(globals: &Globals, ward: &GuardArgs, duty: Duty) -> anyhow::Result<E
             }
             return Ok(Exit::Success);
         }
-        (Side::Source, Some(domid)) => keep(&host, domid, name, cpu_cap.map(CpuCap))?,
+        (Side::Source, Some(domid)) => {
+            // Without the lock nothing could be said.
+            let lock = lock.and_then(|number| inherit::descriptor(number).ok());
+            let asked = lock.is_none_or(lock::was_asked);
+            keep(&host, domid, name, cpu_cap.map(CpuCap), asked)?;
+        }
         (Side::Source, None) => bail!("which domain?"),
         (Side::Target, _) => clear(&host, name)?,
     }
@@ -207,14 +213,16 @@ fn remove(draft: &Path) {
 }
 
 /// Puts the source right. `cap`: how much processor time it had, if it may have been slowed.
+/// `asked`: whether it may have been asked to suspend.
 pub(crate) fn keep(
     host: &dyn Lifecycle,
     domid: DomId,
     name: &str,
     cap: Option<CpuCap>,
+    asked: bool,
 ) -> anyhow::Result<()> {
     let limit = Instant::now() + SUSPEND_LIMIT;
-    Ok(guard::keep(&mut Source { host, domid, name, cap, limit })?)
+    Ok(guard::keep(&mut Source { host, domid, name, cap, limit }, asked)?)
 }
 
 /// The domain that is being sent.
@@ -284,7 +292,7 @@ mod tests {
             let host = FakeHost::default();
             let domid = host.add(name, Condition::Suspended);
             host.set_cpu_cap(domid, CpuCap(10)).unwrap();
-            keep(&host, domid, "web", Some(CpuCap(70))).unwrap();
+            keep(&host, domid, "web", Some(CpuCap(70)), true).unwrap();
             assert_eq!(host.cpu_cap(domid).unwrap(), CpuCap(70));
             assert_eq!(host.domains(), [("web".to_owned(), Condition::Runs)]);
         }

@@ -7,19 +7,25 @@
 //! however that comes about.
 //!
 //! It is a socket that is bound to an abstract name: the kernel gives a name to one socket at a
-//! time and takes it back with the last descriptor, so nothing can be left behind.
+//! time and takes it back with the last descriptor, so nothing can be left behind. What is sent to
+//! the socket outlives its sender: the save helper says there that the guest is asked to suspend
+//! ([`say_asked`]), and the guard looks ([`was_asked`]) if their owner has been killed.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use anyhow::{Context, bail};
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::net::{RecvFlags, recv};
 use rxl_migrate::frame::DomId;
 
 /// Longest name of a lock; an abstract name may have 107 bytes.
 const NAME_BYTES_MAX: usize = 100;
+
+/// What is sent to a lock.
+const ASKED: &[u8] = b"asked";
 
 /// The lock, as long as it lives, and as long as a process lives that has inherited it.
 #[derive(Debug)]
@@ -57,10 +63,42 @@ impl Lock {
         child
     }
 
+    /// Its number in a process that inherits it.
+    pub(crate) fn number(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
     /// Lets all processes that are started from now on inherit it.
     pub(crate) fn pass_on(&self) -> io::Result<()> {
         Ok(fcntl_setfd(&self.0, FdFlags::empty())?)
     }
+}
+
+/// Says to whoever has the lock of `domain` that it is asked to suspend from now on.
+///
+/// # Errors
+/// It could not be said; that nobody has the lock is none.
+pub(crate) fn say_asked(domain: DomId) -> io::Result<()> {
+    say(&domain_name(domain.0))
+}
+
+fn say(lock: &str) -> io::Result<()> {
+    let address = SocketAddr::from_abstract_name(shortened(lock))?;
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    match socket.send_to_addr(ASKED, &address) {
+        // Nobody has it: the stock xl has started the helper. Or it has been said before.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        said => said.map(drop),
+    }
+}
+
+/// Whether that may have been said, in a process that has inherited the lock.
+pub(crate) fn was_asked(lock: impl AsFd) -> bool {
+    let mut word = [0; ASKED.len()];
+    let heard = recv(lock, &mut word, RecvFlags::DONTWAIT);
+    heard.err() != Some(Errno::WOULDBLOCK)
 }
 
 /// The lock of domain number `domid`.
@@ -136,6 +174,21 @@ mod tests {
         end(guard);
         take_when_free("guard");
         end(transport);
+    }
+
+    #[test]
+    fn what_is_said_to_a_lock_is_heard_once_its_sender_is_gone() {
+        let name = format!("rxl/test/{}/asked", std::process::id());
+        say(&name).unwrap();
+        let lock = take("asked").unwrap();
+        assert!(!was_asked(&lock.0));
+        say(&name).unwrap();
+        assert!(was_asked(&lock.0));
+        // However often: nobody reads meanwhile.
+        for _ in 0..2000 {
+            say(&name).unwrap();
+        }
+        assert!(was_asked(&lock.0));
     }
 
     #[test]

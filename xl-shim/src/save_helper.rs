@@ -30,6 +30,7 @@ use rxl_toolstack::{abort, inherit};
 
 use crate::Exit;
 use crate::events;
+use crate::lock;
 use crate::passthrough;
 use crate::timeline::{now, now_ns};
 use crate::ways::Ways;
@@ -83,6 +84,8 @@ fn run_save(args: &SaveArgs) -> anyhow::Result<()> {
     if let Some(sink) = event_sink() {
         channel = channel.with_events(sink);
     }
+    let domain = args.domain;
+    channel = channel.with_notice(Box::new(move || lock::say_asked(domain)));
     let ways = Ways::from_environment();
     let policy = ways.policy.0;
     let verify = match (args.debug, ways.verify && !is_file(&stream)?) {

@@ -20,6 +20,9 @@ const PROGRESS_STEP_MIN: u64 = 1024;
 /// Where the events of a migration go besides libxl, which has no message for them.
 pub type EventSink = Box<dyn FnMut(&Event)>;
 
+/// Tells who watches over the migration that libxl is about to ask the guest to suspend.
+pub type Notice = Box<dyn FnMut() -> io::Result<()>>;
+
 /// The helper's end of the protocol: `messages` is its standard output, `replies` its standard
 /// input.
 ///
@@ -33,6 +36,7 @@ pub struct HelperChannel<R, W> {
     aborted: fn() -> bool,
     now: fn() -> Duration,
     events: Option<EventSink>,
+    notice: Option<Notice>,
     shown: Option<Shown>,
     broken: Option<io::ErrorKind>,
 }
@@ -62,6 +66,7 @@ impl<R: Read, W: Write> HelperChannel<R, W> {
             aborted,
             now,
             events: None,
+            notice: None,
             shown: None,
             broken: None,
         }
@@ -71,6 +76,14 @@ impl<R: Read, W: Write> HelperChannel<R, W> {
     #[must_use]
     pub fn with_events(mut self, sink: EventSink) -> HelperChannel<R, W> {
         self.events = Some(sink);
+        self
+    }
+
+    /// Has `notice` told before libxl is asked to suspend the guest; where it cannot be told, libxl
+    /// is not asked.
+    #[must_use]
+    pub fn with_notice(mut self, notice: Notice) -> HelperChannel<R, W> {
+        self.notice = Some(notice);
         self
     }
 
@@ -142,6 +155,7 @@ impl<R: Read, W: Write> Toolstack for HelperChannel<R, W> {
             let why = "libxl does not offer to suspend the guest";
             return Err(io::Error::new(io::ErrorKind::Unsupported, why));
         }
+        self.notice.as_mut().map_or(Ok(()), |notice| notice())?;
         match self.ask(&Message::Suspend)? {
             1 => Ok(true),
             0 => Ok(false),

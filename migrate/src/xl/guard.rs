@@ -5,7 +5,8 @@
 //! the end of the pipe between them:
 //!
 //! - at the source, or where the guest is saved, it waits until the guest has suspended, if it was
-//!   asked to, and resumes it under its own name, without log-dirty, at its own speed ([`keep`]);
+//!   asked to, and resumes it under its own name, without log-dirty, at its own speed ([`keep`]).
+//!   Whether it was asked is known to the save helper, which has the guard told before libxl asks;
 //! - at the target it destroys the copy that has the name of [`super::incoming_name`] ([`clear`]).
 //!
 //! The first it also does for an owner that has ended and left the guest running, where the guest
@@ -86,14 +87,16 @@ pub fn duty(owner: &mut impl Read) -> Duty {
 }
 
 /// Puts the source right: the guest runs on under its own name, or under another if that cannot
-/// be had. A host that cannot say how the guest is will be asked again.
+/// be had. A host that cannot say how the guest is will be asked again. `asked`: whether the guest
+/// may have been asked to suspend; one that was not will not be waited for.
 ///
 /// # Errors
 /// The host's last: the guest may be suspended still, or have the wrong name.
-pub fn keep<K: Keeper>(host: &mut K) -> Result<(), K::Error> {
+pub fn keep<K: Keeper>(host: &mut K, asked: bool) -> Result<(), K::Error> {
     let suspended = loop {
         let suspended = host.is_suspended();
-        if matches!(suspended, Ok(true)) || !host.wait() {
+        let is_known = suspended.as_ref().is_ok_and(|suspended| *suspended || !asked);
+        if is_known || !host.wait() {
             break suspended;
         }
     };
@@ -162,18 +165,27 @@ mod tests {
     fn a_guest_is_resumed_once_it_is_suspended_even_if_the_host_refuses_its_name() {
         let suspended = vec![Ok(true), Err("nobody knows"), Ok(false)];
         let mut host = Host { suspended, name_fails: true, done: Vec::new() };
-        assert_eq!(keep(&mut host), Err("the name is taken"));
+        assert_eq!(keep(&mut host, true), Err("the name is taken"));
         assert_eq!(host.done, ["log-dirty off", "speed up", "resume"]);
     }
 
     #[test]
     fn a_guest_that_never_suspends_runs_on_without_log_dirty() {
         let mut host = Host { suspended: vec![Ok(false); 3], ..Host::default() };
-        assert_eq!(keep(&mut host), Ok(()));
+        assert_eq!(keep(&mut host, true), Ok(()));
         assert_eq!(host.done, ["log-dirty off", "speed up"]);
         let mut host = Host { suspended: vec![Err("nobody knows"); 2], ..Host::default() };
-        assert_eq!(keep(&mut host), Err("nobody knows"));
+        assert_eq!(keep(&mut host, true), Err("nobody knows"));
         assert_eq!(host.done, ["log-dirty off", "speed up"]);
+    }
+
+    #[test]
+    fn a_guest_that_nobody_asked_to_suspend_is_not_waited_for() {
+        let suspended = vec![Ok(true), Ok(false), Err("nobody knows")];
+        let mut host = Host { suspended, ..Host::default() };
+        assert_eq!(keep(&mut host, false), Ok(()));
+        assert_eq!(host.done, ["log-dirty off", "speed up"]);
+        assert_eq!(host.suspended, [Ok(true)]);
     }
 
     #[test]

@@ -51,6 +51,13 @@ pub(crate) fn save(
         HelperChannel::new(replies, messages, domain.domid(), SAVE_CALLBACKS, terminated, now);
     let reorder = (plant == Some(Plant::PassesOverlap)).then(Reorder::default);
     channel = channel.with_events(event_sink(process, reorder.as_ref()));
+    if plant != Some(Plant::GuardIsNotTold) {
+        let world = process.shared_world();
+        channel = channel.with_notice(Box::new(move || {
+            world.borrow_mut().guard_told = true;
+            Ok(())
+        }));
+    }
     let policy = process.world().plan.policy;
     let options = source::Options { live: true, verify, policy };
     let workers = Pool::start(process, &domain, stream);

@@ -22,6 +22,8 @@ pub enum Plant {
     GuardStandsDownLate,
     /// The source's guard acts although it was told to stand down.
     GuardIsDeaf,
+    /// The source's guard is not told that the guest is asked to suspend.
+    GuardIsNotTold,
     /// The sender's guard goes with it although the guest may still suspend.
     GuardLeavesEarly,
     /// The sender takes a report of failure for one of success.
@@ -74,10 +76,11 @@ pub enum Plant {
 }
 
 /// All that the checkers find.
-pub const PLANTS: [Plant; 26] = [
+pub const PLANTS: [Plant; 27] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
+    Plant::GuardIsNotTold,
     Plant::GuardLeavesEarly,
     Plant::ReportIgnored,
     Plant::ReceiverUnpausesBeforeGo,

@@ -91,6 +91,10 @@ impl Guard {
             }
         };
         let mut world = owner.world();
+        if role == Role::SourceGuard {
+            // What was said to the lock of an earlier migration went with it.
+            world.guard_told = false;
+        }
         let process = world.spawn(role, &[(pipe, End::Read)], Box::new(body));
         world.share_lock(role.side(), owner.id(), process);
         Guard { pipe, process }
@@ -114,8 +118,13 @@ impl Guard {
 
 /// The sender's guard.
 fn keep(process: &Process<'_>, id: DomId) {
+    process.step();
     let limit = process.world().now + guard_limit();
-    let kept = guard::keep(&mut Keeper { process, id, limit });
+    let asked = process.world().guard_told;
+    if !asked {
+        process.world().facts.coverage.count("the guard knows that nobody asked the guest");
+    }
+    let kept = guard::keep(&mut Keeper { process, id, limit }, asked);
     process.world().trace.note(kept, "is what the guard comes to", 0);
 }
 

@@ -177,6 +177,8 @@ pub(crate) struct World {
     kills: Vec<ProcId>,
     /// Number of the last request to suspend; those before it are void.
     pub(crate) suspend_request: u64,
+    /// Whether the save helper has told the guard of it.
+    pub(crate) guard_told: bool,
     /// What the save helper of the last migration has reported.
     pub(crate) events: Rc<RefCell<Vec<Event>>>,
     /// Who holds the guest's lock on each host.
@@ -206,6 +208,7 @@ impl World {
             spawned: Vec::new(),
             kills: Vec::new(),
             suspend_request: 0,
+            guard_told: false,
             events: Rc::default(),
             locks: [Vec::new(), Vec::new()],
             link: [None; 2],
