@@ -41,7 +41,9 @@ impl Machine<'_> {
                 .arg(self.images.root_disk())
                 .arg(self.overlay()),
         )?;
-        let errors = File::create(self.file("qemu.log"))?;
+        // What an earlier host has said must not be taken for this one's before QEMU is there.
+        File::create(self.console_log())?;
+        let errors = File::create(self.qemu_log())?;
         // The namespace's `ip` becomes QEMU, so the child's pid is QEMU's. A session of its own
         // keeps a terminal's hang-up away.
         let mut command = Command::new("setsid");
