@@ -8,6 +8,9 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use rxl_lab::Host;
 
+/// rxl's processes, and its threads that map, by what the kernel's trace calls them.
+pub const RXL: &str = "(rxl|worker|mapper)";
+
 /// Where the kernel's trace is.
 const TRACING: &str = "/sys/kernel/tracing";
 
@@ -67,8 +70,8 @@ pub fn begin(host: &Host) -> Result<()> {
     host.run(&format!("cd {TRACING} && echo > trace && echo 1 > tracing_on")).map(drop)
 }
 
-/// What all processes called `program` did since [`begin`]. `held_ms` is too long where a lock that
-/// was taken for writing was kept for reading.
+/// What all threads did since [`begin`] whose names match `program`, a pattern. `held_ms` is too
+/// long where a lock that was taken for writing was kept for reading.
 ///
 /// # Errors
 /// The trace cannot be read or is not complete.

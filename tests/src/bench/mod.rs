@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::lab::Session;
 
+pub mod backends;
 pub mod cliff;
 pub mod link;
 pub mod locks;

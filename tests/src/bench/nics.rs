@@ -149,7 +149,7 @@ fn counted(session: &Session, name: &str, kind: GuestKind, rates: &[u32]) -> Res
     let (from, _) = session.here_and_there(name)?;
     locks::begin(from)?;
     let run = move_over(session, name, kind, Mover::Rxl, rates);
-    let locks = locks::end(from, "rxl")?;
+    let locks = locks::end(from, locks::RXL)?;
     let (lock_acquisitions, lock_wait_ms) =
         (Some(locks.acquisitions), Some(rounded(locks.wait_ms)));
     Ok(Move { lock_acquisitions, lock_wait_ms, ..run? })
