@@ -192,6 +192,25 @@ impl Mirror {
         Ok(version.trim().to_owned())
     }
 
+    /// Downloads `packages` into `dir`, with all that they need and a system lacks whose dpkg has
+    /// `status` for its record of what is installed.
+    pub(crate) fn download(&self, packages: &[&str], status: &str, dir: &Path) -> Result<()> {
+        fs::create_dir_all(dir.join("partial"))?;
+        // The record of the system in the place of this mirror's, which is empty.
+        let record = dir.join("partial/status");
+        fs::write(&record, status)?;
+        let mut arguments = vec!["install", "-y", "--download-only", "--no-install-recommends"];
+        let options = [
+            format!("-oDir::State::Status={}", record.display()),
+            format!("-oDir::Cache::archives={}", dir.display()),
+        ];
+        arguments.extend(options.iter().map(String::as_str));
+        arguments.extend(packages);
+        self.apt("apt-get", &arguments, dir)?;
+        fs::remove_dir_all(dir.join("partial"))?;
+        Ok(())
+    }
+
     /// The package that a metapackage such as `linux-image-amd64` depends on first.
     pub(crate) fn first_dependency(&self, name: &str) -> Result<String> {
         let listing =

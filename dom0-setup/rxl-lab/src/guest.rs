@@ -180,14 +180,26 @@ impl Lab {
     pub fn start_guest(&self, host: &Host, spec: &GuestSpec) -> Result<()> {
         step(&format!("started {} on {}", spec.name, host.name()), || {
             self.create_guest(host, spec)?;
-            host.run_within(&await_ready(spec), START_TIMEOUT)
-                .with_context(|| format!("{} does not become ready", spec.name))
-        })?;
-        Ok(())
+            self.await_guest(host, spec)
+        })
+    }
+
+    /// Waits until a guest that was just started has filled its memory.
+    pub fn await_guest(&self, host: &Host, spec: &GuestSpec) -> Result<()> {
+        host.run_within(&await_ready(spec), START_TIMEOUT)
+            .with_context(|| format!("{} does not become ready", spec.name))
+            .map(drop)
     }
 
     /// Starts a guest; its kernel has just begun then.
     pub fn create_guest(&self, host: &Host, spec: &GuestSpec) -> Result<()> {
+        let path = self.prepare_guest(spec)?;
+        host.run_within(&format!("xl create -q {path}"), START_TIMEOUT).map(drop)
+    }
+
+    /// Puts on all hosts what the guest is started from; gives the path of its configuration, which
+    /// is xl's. What an earlier guest of its name has said goes.
+    pub fn prepare_guest(&self, spec: &GuestSpec) -> Result<String> {
         check_name(&spec.name)?;
         if let Some(other) = self.find_guest(&spec.name)?.first() {
             bail!("{} runs already, on {}", spec.name, other.name());
@@ -195,10 +207,12 @@ impl Lab {
         let initramfs = self.provide_initramfs()?;
         let path = config_path(&spec.name);
         let config = spec.config(&initramfs);
-        self.on_all_hosts(|host| host.write_file(&path, "644", config.as_bytes()))?;
         let log = console_log(&spec.name);
-        host.run_within(&format!("rm -f {log}; xl create -q {path}"), START_TIMEOUT)?;
-        Ok(())
+        self.on_all_hosts(|host| {
+            host.write_file(&path, "644", config.as_bytes())?;
+            host.run(&format!("rm -f {log}"))
+        })?;
+        Ok(path)
     }
 
     /// Has the guest verify all of its memory; gives what it answers.

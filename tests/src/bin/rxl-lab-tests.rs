@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand};
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
-    bad_input, devices, drop_in, evacuate, extents, failures, fake, fuzz, interop, kmod, readme,
-    report, restless, sim, smoke, soak, unit,
+    bad_input, devices, dkms, drop_in, evacuate, extents, failures, fake, fuzz, interop, kmod,
+    readme, report, restless, sim, smoke, soak, unit, virsh,
 };
 
 /// Seeds of the simulator that CI runs: some ten seconds.
@@ -88,6 +88,10 @@ enum Suite {
         #[arg(long, default_value_t = 30)]
         minutes: u32,
     },
+    /// The kernel module is installed, upgraded and removed by DKMS on both releases of Debian
+    Dkms,
+    /// libvirt saves and restores guests, with the stock helper and with rxl's in its place
+    Virsh,
     /// A first-time user's walk through the README, command by command
     Readme,
     /// Looks at the report's page and the live view with Chromium; needs no lab
@@ -146,6 +150,16 @@ fn main() -> ExitCode {
         Some(Suite::Kmod { minutes }) => {
             if let Some(session) = tally.case("the lab is up, with the module", kmod::open) {
                 kmod::run(&mut tally, &session, minutes);
+            }
+        }
+        Some(Suite::Dkms) => {
+            if let Some(session) = tally.case("the lab is up, with rxl on it", dkms::open) {
+                dkms::run(&mut tally, &session);
+            }
+        }
+        Some(Suite::Virsh) => {
+            if let Some(session) = tally.case("the lab is up, with rxl on it", virsh::open) {
+                virsh::run(&mut tally, &session);
             }
         }
         Some(Suite::Readme) => {
