@@ -11,7 +11,7 @@ use crate::interop;
 use crate::lab::{Session, describe, spec};
 use crate::tally::{Tally, note};
 
-/// Time that building a module may take on an emulated host.
+/// Time that DKMS may take on an emulated host: removing a module makes all of `modules.dep` anew.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
 /// Time that a save or a restore may take there.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(300);
@@ -68,7 +68,7 @@ fn install(tally: &mut Tally, session: &Session) -> Option<()> {
                  sed -i s/{VERSION}/{NEXT_VERSION}/ {next}/dkms.conf {next}/rxl_map_main.c"
             ))?;
             build(host, &next, NEXT_VERSION)?;
-            host.run(&format!("dkms remove {PACKAGE}/{VERSION} --all"))?;
+            host.run_within(&format!("dkms remove {PACKAGE}/{VERSION} --all"), BUILD_TIMEOUT)?;
             host.run("rmmod rxl_map && modprobe rxl_map")?;
             ensure_loaded(host, NEXT_VERSION)
         })
@@ -102,7 +102,8 @@ fn ensure_loaded(host: &Host, version: &str) -> Result<()> {
 }
 
 fn remove(host: &Host) -> Result<()> {
-    host.run(&format!("rmmod rxl_map && dkms remove {PACKAGE}/{NEXT_VERSION} --all"))?;
+    let remove = format!("rmmod rxl_map && dkms remove {PACKAGE}/{NEXT_VERSION} --all");
+    host.run_within(&remove, BUILD_TIMEOUT)?;
     let left = host.run(&format!(
         "dkms status {PACKAGE}; find /lib/modules/ /var/lib/dkms -name '*rxl*'; ls /dev/rxl_map \
          2>/dev/null; modprobe rxl_map 2>/dev/null && echo loaded; true"
