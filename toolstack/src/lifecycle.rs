@@ -144,12 +144,22 @@ pub trait Lifecycle {
     /// # Errors
     /// libxl's.
     fn destroy(&self, domain: DomId) -> Result<()>;
-    /// Makes room for a domain of this `config`, taking memory from dom0 where the host's settings
-    /// allow it. In that case xl's lock is held, so that nobody else takes the room, until the
-    /// next [`Lifecycle::restore`] is over.
+    /// KiB that a domain of this `config` takes of a host, overhead included.
+    ///
+    /// # Errors
+    /// libxl's.
+    fn needed_memory(&self, config: &str) -> Result<u64>;
+    /// Makes room of so many KiB, taking memory from dom0 where the host's settings allow it.
+    /// Nobody keeps it free.
     ///
     /// # Errors
     /// There is not enough; the text says how much there is and how much is needed.
+    fn make_room(&self, kib: u64) -> std::result::Result<(), ShortOfMemory>;
+    /// [`Lifecycle::make_room`] for a domain of this `config`. Where dom0 may shrink, xl's lock is
+    /// held, so that nobody else takes the room, until the next [`Lifecycle::restore`] is over.
+    ///
+    /// # Errors
+    /// As [`Lifecycle::make_room`].
     fn reserve_memory(&self, config: &str) -> std::result::Result<(), ShortOfMemory>;
 }
 

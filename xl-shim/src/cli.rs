@@ -360,6 +360,10 @@ pub(crate) struct ReceiveArgs {
     /// Leave the domain paused
     #[arg(short = 'p')]
     pub(crate) paused: bool,
+    /// Make room for a domain that takes so many KiB, overhead included, before the sender does
+    /// anything to it; without room it is refused. `rxl migrate` says it by itself [not in xl]
+    #[arg(long, value_name = "KIB", conflicts_with = "listen")]
+    pub(crate) need: Option<u64>,
     /// Wait for `rxl migrate --tls` on this port instead of standard input: PORT, ADDRESS:PORT or
     /// [IPV6-ADDRESS]:PORT; ends after one domain [not in xl]
     #[arg(long, value_name = "[ADDR:]PORT")]

@@ -130,6 +130,10 @@ const OPTIONS: &[Opt] = options! {
             "-d": "print the configuration",
             "-p": "leave the domain paused",
         }
+        Own "`rxl migrate` passes it, so that a target that is too full refuses before anything is \
+             done to the domain" {
+            "--need": "KiB that the domain takes",
+        }
         Own "for `rxl migrate --tls` ([TLS](docs/tls.md))" {
             "--listen": "wait on this port instead of standard input",
             "--forever": "go on listening",
@@ -212,6 +216,11 @@ const REST: &[(&str, &str)] = &[
         "PCI passthrough; vNUMA; 32-bit PV guests; PV guests where Xen lacks shadow paging; a \
       paused guest",
         "refused before anything is sent, not even `ssh` is started, with what to do",
+    ),
+    (
+        "too little memory at the target",
+        "where rxl receives, refused before anything is done to the guest (over TLS: once the \
+      target has its configuration)",
     ),
     (
         "a CPU feature that the guest has and the target lacks",

@@ -259,6 +259,14 @@ impl Lifecycle for FakeHost {
         Ok(())
     }
 
+    fn needed_memory(&self, _config: &str) -> Result<u64> {
+        Ok(512 << 10)
+    }
+
+    fn make_room(&self, _kib: u64) -> std::result::Result<(), ShortOfMemory> {
+        Ok(())
+    }
+
     fn reserve_memory(&self, _config: &str) -> std::result::Result<(), ShortOfMemory> {
         self.ask(Request::ReserveMemory)
             .map_err(|_| ShortOfMemory::Need { need_mib: 512, free_mib: 100 })

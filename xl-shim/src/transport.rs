@@ -37,6 +37,8 @@ pub(crate) struct Rune<'a> {
     pub(crate) globals: Vec<String>,
     /// Options after it.
     pub(crate) options: Vec<&'static str>,
+    /// KiB that the domain takes, which a receiver that is rxl for certain is told.
+    pub(crate) need: Option<u64>,
 }
 
 impl Rune<'_> {
@@ -59,29 +61,30 @@ impl Rune<'_> {
         }
         let remote = match self.receiver {
             Some(program) => format!("{program} {words}"),
-            None => quoted(&remote_snippet(&words, self.rxl_only)),
+            None => quoted(&self.remote_snippet(&words)),
         };
         format!("exec {} {} {remote}", self.ssh, self.host)
+    }
+
+    /// What the target's shell runs: plain POSIX, and no single quote in it, so that single
+    /// quotes bring it through the local shell and ssh as it is.
+    fn remote_snippet(&self, words: &str) -> String {
+        let need = self.need.map(|kib| format!(" --need {kib}")).unwrap_or_default();
+        let exec_if_there = |program: &str, words: &str| {
+            format!("command -v {program} >/dev/null 2>&1 && exec {program} {words};")
+        };
+        let rxl = exec_if_there("rxl", &format!("{words}{need}"));
+        let (xl, none) = match self.rxl_only {
+            true => (String::new(), "no rxl"),
+            false => (exec_if_there("xl", words), "neither rxl nor xl"),
+        };
+        format!("{REMOTE_PATH} {rxl} {xl} echo \"{none} on $(uname -n)\" >&2; exit 127")
     }
 }
 
 /// Where a target's programs are: ssh gives root a short path.
 pub(crate) const REMOTE_PATH: &str =
     "PATH=$PATH:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin; export PATH;";
-
-/// What the target's shell runs: plain POSIX, and no single quote in it, so that single quotes
-/// bring it through the local shell and ssh as it is.
-fn remote_snippet(words: &str, rxl_only: bool) -> String {
-    let (programs, none) = match rxl_only {
-        true => ("rxl", "no rxl"),
-        false => ("rxl xl", "neither rxl nor xl"),
-    };
-    format!(
-        "{REMOTE_PATH} \
-         for p in {programs}; do command -v $p >/dev/null 2>&1 && exec $p {words}; done; \
-         echo \"{none} on $(uname -n)\" >&2; exit 127"
-    )
-}
 
 /// In single quotes, of which `text` has none.
 pub(crate) fn quoted(text: &str) -> String {
@@ -180,6 +183,7 @@ mod tests {
             rxl_only: false,
             globals: vec!["-t".into(), "-vv".into()],
             options: vec!["-e", "-p"],
+            need: Some(4096),
         }
     }
 
@@ -225,12 +229,13 @@ mod tests {
         let rxl = ("rxl", "echo rxl \"$@\"");
         let xl = ("xl", "echo xl \"$@\"");
         let words = "-t -vv migrate-receive -e -p\n";
-        assert_eq!(run_remote(&[xl, rxl], false).1, format!("rxl {words}"));
+        let told = "rxl -t -vv migrate-receive -e -p --need 4096\n";
+        assert_eq!(run_remote(&[xl, rxl], false).1, told);
         assert_eq!(run_remote(&[xl], false).1, format!("xl {words}"));
         let (code, out, err) = run_remote(&[], false);
         assert_eq!((code, out.as_str()), (Some(127), ""));
         assert!(err.starts_with("neither rxl nor xl on "), "{err}");
-        assert_eq!(run_remote(&[xl, rxl], true).1, format!("rxl {words}"));
+        assert_eq!(run_remote(&[xl, rxl], true).1, told);
         let (code, out, err) = run_remote(&[xl], true);
         assert_eq!((code, out.as_str()), (Some(127), ""));
         assert!(err.starts_with("no rxl on "), "{err}");

@@ -16,7 +16,7 @@ use crate::lifecycle::{LifecycleError, ShortOfMemory};
 
 use super::ctx::Context;
 use super::failed;
-use super::ffi::{Config, Rc, RcResult};
+use super::ffi::Rc;
 
 /// xl's settings.
 const XL_CONF: &str = "/etc/xen/xl.conf";
@@ -29,27 +29,29 @@ const STEP: i32 = 10;
 /// KiB in a MiB.
 const MIB: u64 = 1024;
 
-/// Makes room for a domain of `config`. The lock, if one was needed, keeps the room until it is
-/// dropped.
-pub(super) fn reserve(context: &Context, config: &str) -> Result<Option<File>, ShortOfMemory> {
+/// KiB that a domain of `config` takes, overhead included.
+pub(super) fn needed(context: &Context, config: &str) -> Result<u64, LifecycleError> {
+    let need = context.config_from_json(config).and_then(|config| context.need_memory(&config));
+    need.map_err(|rc| failed(rc, || "asking how much memory a domain needs".to_owned()))
+}
+
+/// Makes room of `need` KiB. The lock, if one was needed, keeps it until it is dropped.
+pub(super) fn reserve(context: &Context, need: u64) -> Result<Option<File>, ShortOfMemory> {
     let settings = Settings::parse(&fs::read_to_string(XL_CONF).unwrap_or_default());
-    let config = context
-        .config_from_json(config)
-        .map_err(|rc| failed(rc, || "reading the domain's configuration".to_owned()))?;
     if !settings.autoballoon.is_on(context) {
-        let (need, free) = need_and_free(context, &config)?;
+        let free = free(context)?;
         return if free >= need { Ok(None) } else { Err(short(need, free)) };
     }
     let lock = take_lock(&settings.lockfile)?;
-    balloon(context, &config)?;
+    balloon(context, need)?;
     Ok(Some(lock))
 }
 
-/// Has dom0 shrink until there is room, as long as it makes progress.
-fn balloon(context: &Context, config: &Config<'_>) -> Result<(), ShortOfMemory> {
+/// Has dom0 shrink until `need` KiB are free, as long as it makes progress.
+fn balloon(context: &Context, need: u64) -> Result<(), ShortOfMemory> {
     let mut credit = PATIENCE;
     loop {
-        let (need, free) = need_and_free(context, config)?;
+        let free = free(context)?;
         if free >= need {
             return Ok(());
         }
@@ -66,9 +68,9 @@ fn balloon(context: &Context, config: &Config<'_>) -> Result<(), ShortOfMemory> 
     }
 }
 
-fn need_and_free(context: &Context, config: &Config<'_>) -> Result<(u64, u64), LifecycleError> {
-    let ask = || -> RcResult<_> { Ok((context.need_memory(config)?, context.free_memory()?)) };
-    ask().map_err(|rc| failed(rc, || "asking for the host's memory".to_owned()))
+/// KiB that no domain has.
+fn free(context: &Context) -> Result<u64, LifecycleError> {
+    context.free_memory().map_err(|rc| failed(rc, || "asking for the host's memory".to_owned()))
 }
 
 fn short(need: u64, free: u64) -> ShortOfMemory {

@@ -289,8 +289,17 @@ impl Lifecycle for Libxl {
         done.map_err(|rc| failed(rc, || format!("destroying domain {domain}")))
     }
 
+    fn needed_memory(&self, config: &str) -> Result<u64> {
+        memory::needed(&self.context, config)
+    }
+
+    fn make_room(&self, kib: u64) -> std::result::Result<(), ShortOfMemory> {
+        memory::reserve(&self.context, kib).map(drop)
+    }
+
     fn reserve_memory(&self, config: &str) -> std::result::Result<(), ShortOfMemory> {
-        let lock = memory::reserve(&self.context, config)?;
+        let need = self.needed_memory(config)?;
+        let lock = memory::reserve(&self.context, need)?;
         self.reservation.replace(lock);
         Ok(())
     }

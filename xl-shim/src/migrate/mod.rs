@@ -51,7 +51,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, true)?;
-    let rune = rune(globals, args)?;
+    let rune = Rune { need: need(&host, &guest), ..rune(globals, args)? };
     let domain = (guest.name.as_str(), Some(guest.domid));
     let whither = Target::Host(args.host.clone());
     let runs = Runs::of_this_host();
@@ -149,6 +149,13 @@ fn too_late(guest: &str, target: &str) -> String {
     format!("rxl: too late to cancel: {target} may have been permitted to start {guest} already")
 }
 
+/// How much memory it takes. Where that cannot be asked, the target finds out from its
+/// configuration.
+fn need(host: &dyn Lifecycle, guest: &Guest) -> Option<u64> {
+    let need = host.needed_memory(&guest.header.config);
+    need.map_err(|error| tracing::warn!("{error}")).ok()
+}
+
 /// How the receiver is reached, with the options that `xl` passes on.
 fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> anyhow::Result<Rune<'a>> {
     let option = |on: bool, text: &'static str| on.then_some(text);
@@ -176,5 +183,6 @@ fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> anyhow::Result<Rune<'a>
         rxl_only: args.verify,
         globals: globals.into_iter().flatten().collect(),
         options: options.into_iter().flatten().collect(),
+        need: None,
     })
 }

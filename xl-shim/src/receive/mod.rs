@@ -35,6 +35,10 @@ pub(crate) fn run(globals: &Globals, args: &ReceiveArgs) -> anyhow::Result<Exit>
     let gate = Arc::new(Gate::new()?);
     let too_late = "rxl: too late to cancel: the domain is being started".to_owned();
     let _signals = SignalWatch::start(gate.clone(), host.canceller(), screen.clone(), too_late)?;
+    if let Some(kib) = args.need {
+        // Before the banner, which the sender waits for.
+        host.make_room(kib)?;
+    }
     let channel = Channel::new(input, output, gate.clone());
     let monitor = !(args.no_monitor || args.foreground);
     let helpers = Helpers { guard: true, monitor };
