@@ -12,7 +12,7 @@ use crate::lab::{Session, describe, spec};
 use crate::tally::{Tally, note};
 
 /// Time that DKMS may take on an emulated host: removing a module makes all of `modules.dep` anew.
-const BUILD_TIMEOUT: Duration = Duration::from_secs(600);
+const BUILD_TIMEOUT: Duration = Duration::from_secs(1200);
 /// Time that a save or a restore may take there.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(300);
 
