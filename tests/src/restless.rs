@@ -1,11 +1,12 @@
-//! Guests that change while they move: one that gives memory back and takes it again, and one that
-//! has only begun to boot. Afterwards the guest's memory is right, on one host; or the migration
-//! was refused, with a reason, and it runs on where it was.
+//! Guests that change while they move: one that gives memory back and takes it again, one that has
+//! only begun to boot, and one that writes too fast and is slowed. Afterwards the guest's memory is
+//! right, on one host; or the migration was refused, with a reason, and it runs on where it was.
 
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rxl_lab::{GuestKind, GuestSpec, Host};
+use rxl_lab::{GuestKind, GuestSpec, Host, REPORT_PATH};
+use serde_json::Value;
 
 use crate::background::Background;
 use crate::lab::{Session, describe, spec};
@@ -17,6 +18,13 @@ const DIRTY_PAGES_PER_S: u64 = 200;
 const LEFT_MIB: u32 = 48;
 /// Memory that it gives back.
 const BALLOON_MIB: u32 = 32;
+/// Pages that a guest rewrites per second which is to be slowed: several times what
+/// [`SLOW_RATE_MBIT`] carries.
+const FAST_PAGES_PER_S: u64 = 20_000;
+/// How fast memory may go then.
+const SLOW_RATE_MBIT: u64 = 100;
+/// A limit that a guest has had before: of one processor in percent.
+const OWN_CAP: u32 = 90;
 /// How long a migration may take; libxl alone waits 60 s for a guest to suspend.
 const MIGRATION_TIMEOUT: Duration = Duration::from_secs(300);
 
@@ -33,6 +41,19 @@ pub fn run(tally: &mut Tally, session: &Session) {
                 let what = format!("{label}: balloons while it moves, {name}");
                 tally.case(&what, || ballooning(session, &guest, receiver));
             }
+        }
+        tally.case(&format!("{label}: stop"), || session.remove(&guest.name));
+        let guest = GuestSpec { dirty_pages_per_s: FAST_PAGES_PER_S, ..roomy(kind) };
+        if tally
+            .case(&format!("{label}: start one that writes fast"), || session.start_spec(&guest))
+            .is_some()
+        {
+            tally.case(&format!("{label}: is slowed in vain, and stays as fast as it was"), || {
+                slowed_in_vain(session, &guest.name)
+            });
+            tally.case(&format!("{label}: is slowed, and fast again at the target"), || {
+                slowed(session, &guest.name)
+            });
         }
         tally.case(&format!("{label}: stop"), || session.remove(&guest.name));
         for (name, receiver) in RECEIVERS {
@@ -87,6 +108,55 @@ fn ballooning(session: &Session, spec: &GuestSpec, receiver: &str) -> Result<()>
     }
     host.run(&format!("xl mem-set {guest} {}", spec.memory_mib))?;
     session.check(guest, host).map(drop)
+}
+
+/// No pause is as short as what is allowed, so that in the end it stays, with the limit it had.
+fn slowed_in_vain(session: &Session, guest: &str) -> Result<()> {
+    let (here, there) = session.here_and_there(guest)?;
+    here.run(&format!("xl sched-credit2 -d {guest} -c {OWN_CAP}"))?;
+    let command = slowing(guest, there, "cancel");
+    let finished = here.finish(&command, MIGRATION_TIMEOUT)?;
+    ensure!(!finished.status.success(), "{}", describe(&finished));
+    ensure!(finished.stderr.contains("keeps running here"), "{}", describe(&finished));
+    was_slowed(here)?;
+    let cap = cap(here, guest)?;
+    ensure!(cap == OWN_CAP, "its limit is {cap} % now");
+    here.run(&format!("xl sched-credit2 -d {guest} -c 0"))?;
+    session.check(guest, here).map(drop)
+}
+
+fn slowed(session: &Session, guest: &str) -> Result<()> {
+    let (from, to) = session.here_and_there(guest)?;
+    let finished = from.finish(&slowing(guest, to, "force"), MIGRATION_TIMEOUT)?;
+    ensure!(finished.status.success(), "{}", describe(&finished));
+    was_slowed(from)?;
+    let cap = cap(to, guest)?;
+    ensure!(cap == 0, "its limit is {cap} % at the target");
+    session.check(guest, to).map(drop)
+}
+
+fn slowing(guest: &str, to: &Host, on_limit: &str) -> String {
+    let to = to.name();
+    format!(
+        "rm -f {REPORT_PATH}; rxl migrate -s lab-rsh --no-encrypt --rate {SLOW_RATE_MBIT} \
+         --throttle --max-pause 1 --on-limit {on_limit} --report {REPORT_PATH} {guest} {to}"
+    )
+}
+
+/// The report says that a guest was slowed.
+fn was_slowed(source: &Host) -> Result<()> {
+    let report: Value = serde_json::from_str(&source.run(&format!("cat {REPORT_PATH}"))?)?;
+    let percent = report.get("throttled_percent").and_then(Value::as_u64);
+    note(format!("it had {percent:?} % of its processors in the end"));
+    ensure!(percent.is_some(), "it was not slowed");
+    Ok(())
+}
+
+/// A guest's limit in percent of one processor; 0: none.
+fn cap(host: &Host, guest: &str) -> Result<u32> {
+    let said = host.run(&format!("xl sched-credit2 -d {guest}"))?;
+    let cap = said.lines().last().and_then(|line| line.split_whitespace().last());
+    cap.and_then(|cap| cap.parse().ok()).with_context(|| format!("no limit in: {said}"))
 }
 
 /// A guest whose kernel has just begun.
