@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,6 +20,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(480);
 
 /// Time for a guest to verify its memory and answer.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(120);
+/// After how many seconds it is asked again over a line that may lose something.
+const ASK_AGAIN_S: u32 = 30;
 
 /// Kinds of domain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,9 +220,12 @@ impl Lab {
 
     /// Has the guest verify all of its memory; gives what it answers.
     pub fn check_guest(&self, name: &str) -> Result<GuestReport> {
+        static QUESTIONS: AtomicU32 = AtomicU32::new(0);
         check_name(name)?;
         let host = self.only_host_of(name)?;
-        let id = format!("{:x}", std::process::id());
+        // Another one each time: answers to one that was asked twice may still come.
+        let question = QUESTIONS.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{:x}-{question}", std::process::id());
         let answer = host
             .run_within(&ask(name, &id), CHECK_TIMEOUT)
             .with_context(|| format!("{name} on {} does not answer", host.name()))?;
@@ -332,12 +338,20 @@ fn await_ready(spec: &GuestSpec) -> String {
 }
 
 /// Sends the command and prints the line that answers it. The answer is read from the terminal
-/// itself, because the name of the log changes when a guest arrives by migration.
+/// itself, because the name of the log changes when a guest arrives by migration. A serial port,
+/// which an HVM guest has, loses what comes while nobody fetches it: there it is sent again.
 fn ask(name: &str, id: &str) -> String {
     let pattern = quote(&format!("^rxl-answer {id} "));
     format!(
-        "{}exec 3<>\"$tty\"\nprintf 'check {id}\\n' >&3\ngrep -a -m1 --line-buffered {pattern} <&3",
-        find_terminal(name)
+        "{find}exec 3<>\"$tty\"\n\
+         ask() {{ printf '\\ncheck {id}\\n' >&3; }}\n\
+         ask\n\
+         if xenstore-exists \"$d/serial/0/tty\"; then\n\
+           while sleep {ASK_AGAIN_S}; do ask; done >/dev/null 2>&1 &\n\
+           trap \"kill $!\" EXIT\n\
+         fi\n\
+         grep -a -m1 --line-buffered {pattern} <&3",
+        find = find_terminal(name)
     )
 }
 
