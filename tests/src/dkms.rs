@@ -124,3 +124,17 @@ fn save_and_restore(session: &Session, host: &Host, mapper: &str) -> Result<()> 
     host.run_within(&format!("rxl restore {file} && rm {file}"), SAVE_TIMEOUT)?;
     session.check(&guest, host).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_that_of_the_tree() {
+        let conf = include_str!("../../dom0-setup/kmod/dkms.conf");
+        assert!(
+            conf.lines().any(|line| line == format!("PACKAGE_VERSION=\"{VERSION}\"")),
+            "{conf}"
+        );
+    }
+}

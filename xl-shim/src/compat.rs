@@ -219,8 +219,8 @@ const REST: &[(&str, &str)] = &[
     ),
     (
         "too little memory at the target",
-        "where rxl receives, refused before anything is done to the guest (over TLS: once the \
-      target has its configuration)",
+        "where rxl receives, refused before anything is done to the guest (over TLS, or with \
+      `--receiver`: once the target has its configuration)",
     ),
     (
         "a CPU feature that the guest has and the target lacks",

@@ -339,7 +339,7 @@ fn await_ready(spec: &GuestSpec) -> String {
 
 /// Sends the command and prints the line that answers it. The answer is read from the terminal
 /// itself, because the name of the log changes when a guest arrives by migration. A serial port,
-/// which an HVM guest has, loses what comes while nobody fetches it: there it is sent again.
+/// which an HVM guest has, may lose what comes while nobody fetches it: there it is sent again.
 fn ask(name: &str, id: &str) -> String {
     let pattern = quote(&format!("^rxl-answer {id} "));
     format!(

@@ -232,7 +232,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn test_kernel_says_its_release_and_its_packages_version() {
+    fn a_kernel_says_its_release_and_its_packages_version() {
         let said = "6.1.0-9-amd64 #1 SMP PREEMPT_DYNAMIC Debian 6.1.9-1 (2026-11-01)\n";
         assert_eq!(kernel(said), Some(("6.1.0-9-amd64", "6.1.9-1")));
         assert_eq!(kernel("6.9.0 #1 SMP\n"), None);

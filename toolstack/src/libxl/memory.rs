@@ -35,6 +35,11 @@ pub(super) fn needed(context: &Context, config: &str) -> Result<u64, LifecycleEr
     need.map_err(|rc| failed(rc, || "asking how much memory a domain needs".to_owned()))
 }
 
+/// [`reserve`] for a domain of `config`.
+pub(super) fn reserve_for(context: &Context, config: &str) -> Result<Option<File>, ShortOfMemory> {
+    reserve(context, needed(context, config)?)
+}
+
 /// Makes room of `need` KiB. The lock, if one was needed, keeps it until it is dropped.
 pub(super) fn reserve(context: &Context, need: u64) -> Result<Option<File>, ShortOfMemory> {
     let settings = Settings::parse(&fs::read_to_string(XL_CONF).unwrap_or_default());

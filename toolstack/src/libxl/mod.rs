@@ -298,8 +298,7 @@ impl Lifecycle for Libxl {
     }
 
     fn reserve_memory(&self, config: &str) -> std::result::Result<(), ShortOfMemory> {
-        let need = self.needed_memory(config)?;
-        let lock = memory::reserve(&self.context, need)?;
+        let lock = memory::reserve_for(&self.context, config)?;
         self.reservation.replace(lock);
         Ok(())
     }

@@ -17,7 +17,7 @@ use rxl_migrate::frame::DomId;
 use rxl_migrate::xl::config::{ConfigError, DomainConfig};
 use rxl_xen_sys::libxl as xl;
 
-use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result, ShortOfMemory};
+use crate::lifecycle::{DomainState, Lifecycle, LifecycleError, Result};
 
 use super::ffi::{DomainEvent, RcResult, utc_suffix};
 use super::{Libxl, failed, memory};
@@ -216,11 +216,7 @@ fn restart(libxl: &Libxl, config: &DomainConfig) -> Result<DomId> {
     let json = config.to_json();
     let context = &libxl.context;
     // A shortage is no reason not to try: it is an estimate, and the guest had its memory before.
-    let room = memory::needed(context, &json)
-        .map_err(ShortOfMemory::from)
-        .and_then(|need| memory::reserve(context, need))
-        .map_err(|e| log(&e.to_string()))
-        .ok();
+    let room = memory::reserve_for(context, &json).map_err(|e| log(&e.to_string())).ok();
     let made = context.config_from_json(&json).and_then(|config| context.create(&config));
     drop(room);
     let domain = made.map_err(|rc| failed(rc, || "making the domain again".to_owned()))?;

@@ -51,7 +51,7 @@ pub(crate) fn run(globals: &Globals, args: &MigrateArgs) -> anyhow::Result<Exit>
     let host = host::open(globals, Progress::of_sender())?;
     let config = args.config.as_deref();
     let guest = Guest::find(&host, &args.domain, config, args.preserve_domid, true)?;
-    let rune = Rune { need: need(&host, &guest), ..rune(globals, args)? };
+    let rune = rune(globals, args, need(&host, &guest))?;
     let domain = (guest.name.as_str(), Some(guest.domid));
     let whither = Target::Host(args.host.clone());
     let runs = Runs::of_this_host();
@@ -157,7 +157,11 @@ fn need(host: &dyn Lifecycle, guest: &Guest) -> Option<u64> {
 }
 
 /// How the receiver is reached, with the options that `xl` passes on.
-fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> anyhow::Result<Rune<'a>> {
+fn rune<'a>(
+    globals: &Globals,
+    args: &'a MigrateArgs,
+    need: Option<u64>,
+) -> anyhow::Result<Rune<'a>> {
     let option = |on: bool, text: &'static str| on.then_some(text);
     let verbose = "v".repeat(usize::from(globals.verbose));
     let cr = globals.progress_cr || output::stderr_is_terminal();
@@ -183,6 +187,6 @@ fn rune<'a>(globals: &Globals, args: &'a MigrateArgs) -> anyhow::Result<Rune<'a>
         rxl_only: args.verify,
         globals: globals.into_iter().flatten().collect(),
         options: options.into_iter().flatten().collect(),
-        need: None,
+        need,
     })
 }
