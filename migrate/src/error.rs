@@ -53,8 +53,15 @@ pub enum Error {
         pause: std::time::Duration,
     },
     /// The guest's own structures make no sense, or moved.
-    #[error("PV guest: {0}")]
+    #[error("guest")]
     Guest(#[from] GuestError),
+    /// The hypervisor gives no memory for pages of the guest; `ENOMEM`.
+    #[error(
+        "no memory for more of the guest's pages: this host has too little (xl info, \
+         free_memory), or the guest's memory was raised while it moved (xl mem-set); if so, try \
+         again"
+    )]
+    NoMemory(#[source] io::Error),
     /// What has arrived is not what was sent.
     #[error(
         "{pages} pages or more differ from the source's (first: pfn {first}); look for memory \

@@ -31,9 +31,10 @@ const MIGRATION_TIMEOUT: Duration = Duration::from_secs(300);
 /// Who receives.
 const RECEIVERS: [(&str, &str); 2] = [("rxl to rxl", ""), ("rxl to stock xl", "--receiver xl")];
 
-/// Runs all of it.
-pub fn run(tally: &mut Tally, session: &Session) {
-    for kind in [GuestKind::Pv, GuestKind::Pvh] {
+/// Runs it with a guest of `kind`, or one of each.
+pub fn run(tally: &mut Tally, session: &Session, kind: Option<GuestKind>) {
+    let kinds = kind.map_or(vec![GuestKind::Pv, GuestKind::Pvh], |kind| vec![kind]);
+    for kind in kinds {
         let label = kind.to_string().to_uppercase();
         let guest = roomy(kind);
         if tally.case(&format!("{label}: start"), || session.start_spec(&guest)).is_some() {

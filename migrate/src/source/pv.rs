@@ -60,7 +60,7 @@ impl<P: ForeignPages> PhysMap<P> {
         let max_pfn = word(shared_info::MAX_PFN)
             .checked_sub(1)
             .filter(|max| max / P2M_ENTRIES_PER_FRAME < P2M_FRAMES_MAX)
-            .ok_or(GuestError::P2m("the guest gives no sensible size for it"))?;
+            .ok_or(GuestError::P2m("the guest gives no sensible size for it; is it booting?"))?;
         let walk = Walk { domain, m2p_entries };
         let described = if word(shared_info::P2M_CR3) == 0 {
             walk.tree(word(shared_info::FRAME_LIST_LIST), max_pfn)?

@@ -9,7 +9,7 @@ use std::io;
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, GuestError, Result};
 use crate::frame::Pfn;
-use crate::hypervisor::{BATCH_PAGES_MAX, HvError, TargetDomain};
+use crate::hypervisor::{BATCH_PAGES_MAX, TargetDomain};
 
 /// First pfn that a translated guest cannot have: 48 bits of guest-physical address are what
 /// four levels of nested paging translate, in pages of 2^12 bytes.
@@ -47,8 +47,7 @@ pub(super) fn populate<D: TargetDomain, S: Space>(
     for pfns in single.chunks(BATCH_PAGES_MAX) {
         let frames = domain.populate(pfns, 0)?;
         if frames.len() < pfns.len() {
-            let source = io::Error::from_raw_os_error(ENOMEM);
-            return Err(HvError { op: "XENMEM_populate_physmap", source }.into());
+            return Err(Error::NoMemory(io::Error::from_raw_os_error(ENOMEM)));
         }
         for (pfn, frame) in pfns.iter().zip(frames) {
             space.set_frame(*pfn, frame)?;

@@ -112,8 +112,10 @@ pub fn run(options: &Options) -> Result<()> {
         spec.working_set_mib = Some(options.working_set);
         start(&session, &spec)?;
         let mut bench = Bench { session: &session, options, dirty, link };
-        // The first run also teaches rxl what the pause contains beside memory.
-        print(&bench.migrate(None, "force")?, options.json)?;
+        // There and back: these also teach rxl on both hosts what the pause contains beside memory.
+        for _ in 0..2 {
+            print(&bench.migrate(None, "force")?, options.json)?;
+        }
         for run in 0..options.runs {
             for &target in &options.targets {
                 let on_limit = if run % 2 == 0 { "cancel" } else { "force" };

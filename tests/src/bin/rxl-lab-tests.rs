@@ -4,6 +4,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use rxl_lab::GuestKind;
 use rxl_tests::lab::Session;
 use rxl_tests::tally::Tally;
 use rxl_tests::{
@@ -78,8 +79,12 @@ enum Suite {
     /// Everything that takes part in a migration is killed or cut at each of its phases; then
     /// workers, connections and NICs are lost while guests move over four NICs
     Failures(failures::Options),
-    /// Guests that balloon or boot while they move
-    Restless,
+    /// Guests that balloon, boot, or write too fast while they move
+    Restless {
+        /// pv or pvh; without it both
+        #[arg(long = "type")]
+        kind: Option<GuestKind>,
+    },
     /// Counts the extents of memory that a PVH guest gets at the target
     Extents,
     /// Threads map and unmap guests' memory by the kernel module, while all goes wrong around them
@@ -145,7 +150,9 @@ fn main() -> ExitCode {
             }
         }
         Some(Suite::Failures(options)) => failures::run(&mut tally, &options),
-        Some(Suite::Restless) => in_lab(&mut tally, restless::run),
+        Some(Suite::Restless { kind }) => in_lab(&mut tally, |tally, session| {
+            restless::run(tally, session, kind);
+        }),
         Some(Suite::Extents) => in_lab(&mut tally, extents::run),
         Some(Suite::Kmod { minutes }) => {
             if let Some(session) = tally.case("the lab is up, with the module", kmod::open) {

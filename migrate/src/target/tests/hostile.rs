@@ -112,7 +112,7 @@ fn a_guest_larger_than_its_domain_is_the_hypervisors_to_refuse() {
     script.rewind();
     let many = (0..60_000).map(|pfn| PageEntry { pfn: Pfn(pfn << 20), kind: PageType::AllocOnly });
     script.entries(&many.collect::<Vec<_>>());
-    assert!(matches!(refusal(&script), Error::Hv(_)));
+    assert!(matches!(refusal(&script), Error::NoMemory(_)));
 }
 
 #[test]
