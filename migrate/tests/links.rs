@@ -162,7 +162,7 @@ fn what_a_link_brings_that_cannot_be_applied_ends_both_ends() {
     let mut toolstack = FakeToolstack::new(&source);
     let mut out = stream.clone();
     let saved = save_with(&source, &mut out, &mut toolstack, Some(Box::new(senders)), &LIVE);
-    assert!(matches!(receiver.join().unwrap(), Err(Error::Hv(_))));
+    assert!(matches!(receiver.join().unwrap(), Err(Error::NoMemory(_))));
     assert!(matches!(saved, Err(Error::Stream { .. })), "{saved:?}");
     assert!(!source.is_logging() && source.is_running());
 }
