@@ -10,7 +10,8 @@ use common::{HOST_FRAMES, Link, Pipe, Receivers, Senders, WIRING, guest};
 use rxl_migrate::counters::{Counters, LeftOut};
 use rxl_migrate::error::Error;
 use rxl_migrate::fake::{FakeDomain, FakeToolstack, Heard, Host, HvmSpec, Rng, compare};
-use rxl_migrate::hypervisor::Domain;
+use rxl_migrate::frame::PAGE_SIZE;
+use rxl_migrate::hypervisor::{BATCH_PAGES_MAX, Domain};
 use rxl_migrate::report::Event;
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::workers::{News, Request};
@@ -31,6 +32,8 @@ struct Moved {
     joined: usize,
     lost: usize,
     left_out: LeftOut,
+    /// Bytes that no link carried.
+    over_stream: u64,
 }
 
 /// Moves `source` over a stream and links that break after so many bytes.
@@ -41,16 +44,27 @@ fn moved(
     reduce: Reduce,
     options: &source::Options,
 ) -> Moved {
-    let stream = Pipe::new(1 << 20, None);
     let links: Vec<Link> = breaks.iter().map(|after| Link::new(*after)).collect();
     let mut senders = Senders::new(source);
     senders.reduce = reduce;
-    let joins = senders.offer(&links);
+    moved_by(source, senders, &links, seed, options)
+}
+
+/// The same, sent by `senders`.
+fn moved_by(
+    source: &FakeDomain,
+    mut senders: Senders,
+    links: &[Link],
+    seed: u64,
+    options: &source::Options,
+) -> Moved {
+    let stream = Pipe::new(1 << 20, None);
+    let joins = senders.offer(links);
     let info = source.info().unwrap();
     let host = Host::new(HOST_FRAMES, seed ^ 0x5eed);
     let target =
         host.create(info.hvm, info.total_pages + BALLOONED_PAGES_MAX, info.max_vcpu_id + 1);
-    let receivers = Receivers::new(&target, &stream, &links, joins);
+    let receivers = Receivers::new(&target, &stream, links, joins);
     let receiver = {
         let (target, mut stream) = (target.clone(), stream.clone());
         thread::spawn(move || {
@@ -69,16 +83,17 @@ fn moved(
     let saved = save_with(source, &mut out, &mut toolstack, Some(Box::new(senders)), options);
     stream.close();
     let outcome = receiver.join().unwrap().unwrap();
-    saved.unwrap();
+    let bytes = saved.unwrap().bytes;
     let count = |wanted: fn(&Event) -> bool| {
         let events = toolstack.heard.iter();
         events.filter(|heard| matches!(heard, Heard::Event(event) if wanted(event))).count()
     };
     assert_eq!(host.mapped_pages(), 0, "a worker holds guest memory");
-    let mut counters = Counters::default();
+    let (mut counters, mut over_links) = (Counters::default(), 0);
     for heard in &toolstack.heard {
-        if let Heard::Event(Event::Counted { counters: more, .. }) = heard {
+        if let Heard::Event(Event::Counted { counters: more, bytes, .. }) = heard {
             counters += more;
+            over_links += bytes;
         }
     }
     Moved {
@@ -86,6 +101,7 @@ fn moved(
         joined: count(|event| matches!(event, Event::LinkJoined { .. })),
         lost: count(|event| matches!(event, Event::LinkLost { .. })),
         left_out: counters.left_out,
+        over_stream: bytes - over_links,
     }
 }
 
@@ -112,6 +128,20 @@ fn whole_pages_go_to_a_receiver_that_needs_them() {
     let moved = moved(&guest(0), &[None, None], 0, Reduce::ALWAYS, &LIVE);
     assert_eq!(moved.differences, [""; 0]);
     assert!(moved.left_out.is_nothing(), "{:?}", moved.left_out);
+}
+
+/// It would hold up all links at the end of the pass: what is told of that goes over the stream.
+#[test]
+fn what_was_looked_up_for_the_stream_goes_over_the_first_link_there_is() {
+    let (source, links) = (guest(1), [Link::new(None), Link::new(None)]);
+    let mut senders = Senders::new(&source);
+    senders.reduce = Reduce::NONE;
+    // The first batch has been sent by then.
+    senders.late = Some(2);
+    let moved = moved_by(&source, senders, &links, 1, &LIVE);
+    assert_eq!(moved.differences, [""; 0]);
+    let batches = moved.over_stream as f64 / (BATCH_PAGES_MAX * PAGE_SIZE) as f64;
+    assert!((0.5..1.5).contains(&batches), "{batches}");
 }
 
 #[test]

@@ -120,10 +120,10 @@ where
         record
     }
 
-    /// Sends the pages of `set`. `last`: the guest is suspended, nothing may be put off, and when
-    /// it returns, the receiver has confirmed all that went over links; what had to be sent again
-    /// for that has taken the place of `set`. `meanwhile` is done while the workers, if there are
-    /// any, send the last batches.
+    /// Sends the pages of `set`. When it returns, the receiver has confirmed all that went over
+    /// links, but for what is to be sent again. `last`: the guest is suspended, and nothing may be
+    /// put off; what had to be sent again has been, and has taken the place of `set`. `meanwhile`
+    /// is done while the workers, if there are any, send the last batches.
     ///
     /// # Errors
     /// Xen's, the stream's, [`Error::Aborted`]; in the last pass also a page that cannot be sent.
@@ -177,9 +177,8 @@ where
             meanwhile(&self.batches)?;
             self.collect_all(progress)?;
             self.end_pass()?;
-            if progress.pass.last {
-                self.confirm(progress)?;
-            }
+            // What is still on its way would be part of the pause, and of no estimate of it.
+            self.confirm(progress)?;
             if !progress.pass.last || self.again.count() == 0 {
                 return Ok(());
             }
@@ -216,15 +215,20 @@ where
     fn send_set(&mut self, set: &PageBitmap, progress: &mut Progress) -> Result<()> {
         let mut shares = Shares::new(set, &self.owners);
         let pass = progress.pass;
-        // What this process sends next.
-        let mut own: Option<Looked> = None;
+        // What this process sends next, if there are no workers until then.
+        let mut own: Option<(Vec<Pfn>, Looked)> = None;
         while shares.pages() > 0 {
             self.take_news(false, progress)?;
             match (self.free_worker(progress)?, &mut self.crew) {
                 (Some(worker), Some(crew)) => {
-                    let left = progress.likely_left(self.owned, shares.pages());
-                    let wanted = crew.batch_pages(worker, left);
-                    let batch = shares.next_batch(Some(worker), wanted);
+                    let batch = own.take().map_or_else(
+                        || {
+                            let left = progress.likely_left(self.owned, shares.pages());
+                            let wanted = crew.batch_pages(worker, left);
+                            shares.next_batch(Some(worker), wanted)
+                        },
+                        |(batch, _)| batch,
+                    );
                     let taken_over = self.owners.note(Some(worker), &batch);
                     crew.send(worker, batch, taken_over, pass);
                 }
@@ -232,14 +236,14 @@ where
                     let batch = shares.next_batch(None, BATCH_PAGES_MAX);
                     self.owners.note(None, &batch);
                     let next = self.batches.look_up(&batch, pass)?;
-                    if let Some(batch) = own.take() {
-                        self.send_own(batch, Some(&next), progress)?;
+                    if let Some((_, looked)) = own.take() {
+                        self.send_own(looked, Some(&next), progress)?;
                     }
-                    own = Some(next);
+                    own = Some((batch, next));
                 }
             }
         }
-        own.map_or(Ok(()), |batch| self.send_own(batch, None, progress))
+        own.map_or(Ok(()), |(_, looked)| self.send_own(looked, None, progress))
     }
 
     fn send_own(

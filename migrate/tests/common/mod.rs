@@ -25,10 +25,10 @@ use rxl_migrate::fake::{
     FakeDomain, FakePages, Host, HvmSpec, P2mKind, PvSpec, fill_pages, put_pages,
 };
 use rxl_migrate::hypervisor::{PagePiece, PageSlot, StreamIn, StreamOut};
-use rxl_migrate::source::Reducing;
 use rxl_migrate::source::workers::{
     Confirmed, Employer, News, Reply, Request, WorkerId, Workers, work,
 };
+use rxl_migrate::source::{Pass, Reducing};
 use rxl_migrate::stream::link::{Offer, Secret};
 use rxl_migrate::stream::reduced::Reduce;
 use rxl_migrate::target::links::{self, Answer, Ask, LinkIn, Links, Need, Owner};
@@ -80,6 +80,11 @@ impl Pipe {
     pub fn is_readable(&self) -> bool {
         let bytes = self.0.0.lock().unwrap();
         bytes.closed || !bytes.queue.is_empty()
+    }
+
+    /// Whether nothing is on its way.
+    fn is_empty(&self) -> bool {
+        self.0.0.lock().unwrap().queue.is_empty()
     }
 
     fn write(&self, mut from: &[u8]) -> io::Result<()> {
@@ -245,6 +250,10 @@ pub struct Senders {
     pub offer: Option<Offer>,
     /// What is offered to be left out.
     pub reduce: Reduce,
+    /// There is no news until it has been asked for so often; the next time it is waited for.
+    pub late: Option<u32>,
+    /// Whether the last pass has begun.
+    in_last_pass: bool,
     links: BTreeMap<u8, Link>,
     requests: BTreeMap<WorkerId, (Sender<Request>, Option<Link>)>,
     threads: Vec<JoinHandle<()>>,
@@ -287,6 +296,8 @@ impl Senders {
             domain: domain.clone(),
             offer: None,
             reduce: Reduce::ALL.or(Reduce::ALWAYS),
+            late: None,
+            in_last_pass: false,
             links: BTreeMap::new(),
             requests: BTreeMap::new(),
             threads: Vec::new(),
@@ -354,11 +365,22 @@ impl Workers for Senders {
     }
 
     fn submit(&mut self, worker: WorkerId, request: &Request) -> io::Result<()> {
+        let is_last = matches!(request, Request::Batch { pass: Pass { last: true, .. }, .. });
+        if is_last && !std::mem::replace(&mut self.in_last_pass, true) {
+            // The guest would have to wait for it.
+            let empty = self.links.values().all(|link| link.data.is_empty());
+            assert!(empty, "links still carry earlier passes when the guest has been suspended");
+        }
         let (requests, _) = self.requests.get(&worker).unwrap();
         requests.send(request.clone()).map_err(|_| ErrorKind::BrokenPipe.into())
     }
 
-    fn news(&mut self, wait: bool) -> io::Result<Option<News>> {
+    fn news(&mut self, mut wait: bool) -> io::Result<Option<News>> {
+        match self.late.as_mut().map(|polls| polls.checked_sub(1).map(|left| *polls = left)) {
+            Some(Some(())) => return Ok(None),
+            Some(None) => wait = self.late.take().is_some(),
+            None => {}
+        }
         loop {
             if let Some(news) = self.started.pop_front() {
                 return Ok(Some(news));

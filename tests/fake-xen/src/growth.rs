@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::hint::black_box;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +19,8 @@ use rxl_migrate::hypervisor::Domain;
 use crate::bench::{Bench, Side};
 use crate::helper::{Ended, Program};
 use crate::migration::GuestKind;
+use crate::usage::Usage;
+use crate::ways::Ways;
 
 const MIB_PER_GIB: u64 = 1024;
 const PAGES_PER_GIB: u64 = 1 << 18;
@@ -44,7 +46,9 @@ pub struct Growth {
     pub processes: u32,
     /// The most that they had resident, in KiB.
     pub peak_kib: u64,
-    /// What they may have resident at most, in KiB.
+    /// That without what they had mapped of the guest, in KiB.
+    pub own_kib: u64,
+    /// What this may be at most, in KiB.
     pub limit_kib: u64,
 }
 
@@ -63,10 +67,10 @@ impl Growth {
     /// A line of JSON about the memory.
     #[must_use]
     pub fn memory_json(&self) -> String {
-        let Growth { name, gib, processes, peak_kib, limit_kib, .. } = self;
+        let Growth { name, gib, processes, peak_kib, own_kib, limit_kib, .. } = self;
         format!(
             "{{\"name\":\"{name}\",\"gib\":{gib},\"processes\":{processes},\
-             \"peak_kib\":{peak_kib},\"limit_kib\":{limit_kib}}}"
+             \"peak_kib\":{peak_kib},\"own_kib\":{own_kib},\"limit_kib\":{limit_kib}}}"
         )
     }
 
@@ -75,6 +79,7 @@ impl Growth {
         self.took = self.took.min(other.took);
         self.cpu = self.cpu.min(other.cpu);
         self.peak_kib = self.peak_kib.max(other.peak_kib);
+        self.own_kib = self.own_kib.max(other.own_kib);
     }
 
     /// Of a time, the part for 1 GiB, in milliseconds.
@@ -133,8 +138,8 @@ fn described(name: &str, gib: u64, kind: GuestKind, ended: &Ended, restore: bool
     let of_pages = gib * PAGES_PER_GIB * page_bits / 8 / 1024;
     let limit_kib = (64 + 24 * u64::from(ended.used.processes)) * 1024 + of_pages;
     let (took, used) = (ended.took, ended.used);
-    let (processes, peak_kib) = (used.processes, used.peak_kib);
-    Growth { name: name.into(), gib, took, cpu: used.cpu, processes, peak_kib, limit_kib }
+    let Usage { cpu, peak_kib, own_kib, processes } = used;
+    Growth { name: name.into(), gib, took, cpu, processes, peak_kib, own_kib, limit_kib }
 }
 
 /// Saves live, and keeps the stream.
@@ -147,7 +152,15 @@ fn save(bench: &Bench, source: &Side) -> Result<(Ended, Vec<Piece>)> {
     Ok((ended, stream))
 }
 
+/// Restores from a pipe, or if workers are to do it, from a file, which they all can read.
 fn restore(bench: &Bench, target: &Side, stream: &[Piece]) -> Result<Ended> {
+    if matches!(bench.ways, Ways::Workers(_)) {
+        let mut file = tempfile::tempfile().context("Cannot make a file")?;
+        write_sparse(stream, &mut file).context("Cannot write the stream to a file")?;
+        let ended = bench.helper(Program::Rxl, target).restore(file.into(), &WIRING)?;
+        ensure!(ended.succeeded(), "{}", ended.describe());
+        return Ok(ended);
+    }
     let (theirs, ours) = rustix::pipe::pipe().context("Cannot make a pipe")?;
     thread::scope(|scope| {
         // If the helper reads no more, it says itself why.
@@ -182,6 +195,21 @@ fn kept(from: &mut File) -> Vec<Piece> {
 fn is_zero(bytes: &[u8]) -> bool {
     // As fast as memory can be compared.
     bytes.first() == Some(&0) && bytes.get(1..) == bytes.get(..bytes.len() - 1)
+}
+
+/// The whole stream, with holes instead of zeros; `to` is at its start then.
+fn write_sparse(stream: &[Piece], to: &mut File) -> std::io::Result<()> {
+    for piece in stream {
+        match piece {
+            Piece::Bytes(bytes) => to.write_all(bytes)?,
+            Piece::Zeros(count) => {
+                to.seek_relative(i64::try_from(*count).unwrap_or(i64::MAX))?;
+            }
+        }
+    }
+    let end = to.stream_position()?;
+    to.set_len(end)?;
+    to.rewind()
 }
 
 fn write(stream: &[Piece], to: OwnedFd) -> std::io::Result<()> {
@@ -226,9 +254,13 @@ mod tests {
         bytes[PIECE_BYTES + 7] = 1;
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
-        std::io::Seek::rewind(&mut file).unwrap();
+        file.rewind().unwrap();
         let pieces = kept(&mut file);
         assert_eq!(pieces.len(), 3);
+        let (mut sparse, mut from_file) = (tempfile::tempfile().unwrap(), Vec::new());
+        write_sparse(&pieces, &mut sparse).unwrap();
+        sparse.read_to_end(&mut from_file).unwrap();
+        assert!(from_file == bytes);
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let written = thread::spawn(move || write(&pieces, writer));
         let mut again = Vec::new();
@@ -246,10 +278,14 @@ mod tests {
             cpu: Duration::from_millis(100),
             processes: 3,
             peak_kib: 10,
+            own_kib: 9,
             limit_kib: 20,
         };
         let time = r#"{"name":"save/pv","gib":2,"ms_per_gib":500.0,"cpu_ms_per_gib":50.0}"#;
-        let memory = r#"{"name":"save/pv","gib":2,"processes":3,"peak_kib":10,"limit_kib":20}"#;
+        let memory = concat!(
+            r#"{"name":"save/pv","gib":2,"processes":3,"peak_kib":10,"#,
+            r#""own_kib":9,"limit_kib":20}"#
+        );
         assert_eq!((growth.time_json(), growth.memory_json()), (time.into(), memory.into()));
     }
 }

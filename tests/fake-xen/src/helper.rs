@@ -9,14 +9,14 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rxl_migrate::fake::FakeDomain;
 use rxl_migrate::helper::Message;
 use rxl_migrate::hypervisor::Domain;
 use rxl_migrate::target::{Options, Outcome};
 
 use crate::machine::Machine;
-use crate::usage::Usage;
+use crate::usage::{Usage, WATCH_INTERVAL, Watch};
 use crate::ways::Ways;
 
 /// A helper that is silent for so long is stuck.
@@ -223,7 +223,7 @@ struct Conversation<'a> {
     warnings: Vec<String>,
     suspended: Option<Instant>,
     fingerprint: Option<u64>,
-    pid: u32,
+    watch: Watch,
     used: Usage,
 }
 
@@ -251,19 +251,26 @@ impl<'a> Conversation<'a> {
             warnings: Vec::new(),
             suspended: None,
             fingerprint: None,
-            pid: child.id(),
+            watch: Watch::new(child.id()),
             used: Usage::default(),
         })
     }
 
     /// Until the helper has nothing more to say.
     fn hold(mut self) -> Result<Conversation<'a>> {
+        let mut heard = Instant::now();
         loop {
-            match self.messages.recv_timeout(SILENCE_TIMEOUT) {
-                Ok(message) => self.hear(message.context("Cannot understand the helper")?)?,
+            match self.messages.recv_timeout(WATCH_INTERVAL) {
+                Ok(message) => {
+                    self.hear(message.context("Cannot understand the helper")?)?;
+                    heard = Instant::now();
+                }
                 Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(self),
-                Err(mpsc::RecvTimeoutError::Timeout) => bail!("the helper is stuck"),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    ensure!(heard.elapsed() < SILENCE_TIMEOUT, "the helper is stuck");
+                }
             }
+            self.watch.glance();
         }
     }
 
@@ -295,7 +302,7 @@ impl<'a> Conversation<'a> {
             }
             Message::Complete { retval, errno } => {
                 self.complete = Some((retval, errno));
-                self.used = Usage::of(self.pid);
+                self.used = self.watch.usage();
                 self.reply(0)?;
             }
         }

@@ -59,12 +59,14 @@ fn show_time(growth: &Growth, json: bool) {
 }
 
 fn show_memory(growth: &Growth, json: bool) {
-    let Growth { name, gib, processes, peak_kib, limit_kib, .. } = growth;
+    let Growth { name, gib, processes, peak_kib, own_kib, limit_kib, .. } = growth;
     match json {
         true => println!("{}", growth.memory_json()),
         false => println!(
-            "{name:<14}{gib:>4} GiB {processes:>3} processes, {:>6} MiB at most, allowed {} MiB",
+            "{name:<14}{gib:>4} GiB {processes:>3} processes, {:>4} MiB resident at most, {:>4} \
+             without the guest's, allowed {} MiB",
             peak_kib.div_ceil(1024),
+            own_kib.div_ceil(1024),
             limit_kib / 1024
         ),
     }
