@@ -1,8 +1,9 @@
 //! Which pass may be applied: the rule that keeps the stream and all links in step.
 //!
 //! A page may come in two passes over two links, and the later content has to stay. So nothing of
-//! a pass is applied before all earlier ones are complete ([`crate::stream::link`]). The sender
-//! never waits for that; it is kept here. Nothing here waits or does anything either.
+//! a pass is applied before all earlier ones are complete ([`crate::stream::link`]). That is kept
+//! here, and does not rest on a sender that waits at the end of each pass, as rxl's does so that
+//! little is on its way when the guest is suspended. Nothing here waits or does anything either.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -11,7 +12,7 @@ use crate::stream::libxc::RecordKind;
 use crate::stream::link::LinkSet;
 
 /// Passes that may have ended on the stream and not on all links. A sender makes a few dozen in
-/// all, and waits for links at its last.
+/// all.
 const AHEAD_MAX: usize = 1024;
 
 /// How far every way is.

@@ -17,7 +17,6 @@ use rxl_migrate::hypervisor::{
 use rxl_migrate::report::Event;
 use rxl_migrate::source::Verify;
 use rxl_migrate::source::workers::{Confirmed, Workers};
-use rxl_migrate::stream::libxc::RecordKind;
 use rxl_migrate::target::links::Links;
 use rxl_migrate::{source, target};
 
@@ -116,8 +115,7 @@ pub(crate) fn restore(
         None => Box::new(links),
     };
     let domain = Stepped::new(process, domain);
-    let forgets_links = plant == Some(Plant::LinkPartNotAwaited);
-    let mut input = In { process, stream, forgets_links, at_pass_end: false };
+    let mut input = In { process, stream };
     let restored = target::restore_with(&domain, &mut input, &mut channel, Some(links), &WIRING);
     if let Err(error) = &restored {
         process.world().trace.say(|| format!("the restore fails: {}", error.chain()));
@@ -222,20 +220,11 @@ impl Confirmed for Out<'_, '_> {
 struct In<'a, 'b> {
     process: &'a Process<'b>,
     stream: PipeId,
-    /// No link takes part in a pass: a mistake that is planted.
-    forgets_links: bool,
-    at_pass_end: bool,
 }
 
 impl StreamIn<FakePages> for In<'_, '_> {
     fn read_exact(&mut self, buf: &mut [u8]) -> io::Result<()> {
-        io::Read::read_exact(&mut File { process: self.process, pipe: self.stream }, buf)?;
-        if let ([_, _, _, _, _, _, _, _, links @ ..], true) = (&mut *buf, self.at_pass_end) {
-            links.fill(0);
-        }
-        let header = [&RecordKind::RxlPassEnd.code().to_le_bytes(), &[16, 0, 0, 0][..]].concat();
-        self.at_pass_end = self.forgets_links && *buf == header[..];
-        Ok(())
+        io::Read::read_exact(&mut File { process: self.process, pipe: self.stream }, buf)
     }
 
     fn read_pages(&mut self, pages: &FakePages, slots: &mut [PageSlot<'_>]) -> io::Result<()> {

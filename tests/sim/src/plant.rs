@@ -50,8 +50,6 @@ pub enum Plant {
     StaleMapping,
     /// The receiver lets a link into a pass before the earlier ones are complete.
     PassAppliedEarly,
-    /// The receiver does not wait for what links have of a pass.
-    LinkPartNotAwaited,
     /// The sender takes for confirmed what a link has sent.
     LostPagesForgotten,
     /// The sender goes on to the state records without waiting for confirmations.
@@ -76,7 +74,7 @@ pub enum Plant {
 }
 
 /// All that the checkers find.
-pub const PLANTS: [Plant; 27] = [
+pub const PLANTS: [Plant; 26] = [
     Plant::SenderResumesAfterGo,
     Plant::GuardStandsDownLate,
     Plant::GuardIsDeaf,
@@ -94,7 +92,6 @@ pub const PLANTS: [Plant; 27] = [
     Plant::MappingLeaks,
     Plant::StaleMapping,
     Plant::PassAppliedEarly,
-    Plant::LinkPartNotAwaited,
     Plant::LostPagesForgotten,
     Plant::ConfirmationsNotAwaited,
     Plant::IdleLinkUnwatched,
