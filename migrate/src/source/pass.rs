@@ -221,14 +221,18 @@ where
             self.take_news(false, progress)?;
             match (self.free_worker(progress)?, &mut self.crew) {
                 (Some(worker), Some(crew)) => {
-                    let batch = own.take().map_or_else(
-                        || {
+                    let batch = match own.take() {
+                        Some((batch, _)) => {
+                            // It may be mapped already, for nobody.
+                            self.batches.domain.map_ahead(&[]);
+                            batch
+                        }
+                        None => {
                             let left = progress.likely_left(self.owned, shares.pages());
                             let wanted = crew.batch_pages(worker, left);
                             shares.next_batch(Some(worker), wanted)
-                        },
-                        |(batch, _)| batch,
-                    );
+                        }
+                    };
                     let taken_over = self.owners.note(Some(worker), &batch);
                     crew.send(worker, batch, taken_over, pass);
                 }
