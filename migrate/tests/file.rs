@@ -9,6 +9,7 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -60,13 +61,17 @@ impl StreamIn<FakePages> for Paced {
     }
 }
 
+/// Where each batch begins that has been handed out.
+type Given = Arc<Mutex<Vec<u64>>>;
+
 /// Threads in the place of processes.
 struct Readers {
     answers: Vec<Sender<Answer>>,
     asked: Receiver<Need>,
     threads: Vec<JoinHandle<()>>,
-    /// Where each batch begins that has been handed out.
-    given: Arc<Mutex<Vec<u64>>>,
+    given: Given,
+    /// First questions of workers: all are ready before anything is read.
+    first: VecDeque<Need>,
 }
 
 struct Socket {
@@ -76,9 +81,12 @@ struct Socket {
 }
 
 impl Owner for Socket {
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
         let need = Need::Ask(self.worker, ask.clone());
-        self.asked.send(need).map_err(|_| ErrorKind::BrokenPipe)?;
+        self.asked.send(need).map_err(|_| ErrorKind::BrokenPipe.into())
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
         self.answers.recv().map_err(|_| ErrorKind::UnexpectedEof.into())
     }
 }
@@ -99,7 +107,8 @@ impl Readers {
                 let _ = socket.asked.send(Need::Ended(worker, why));
             }));
         }
-        Readers { answers: all_answers, asked, threads, given: Arc::default() }
+        let first = (0..count).map(|_| asked.recv().unwrap()).collect();
+        Readers { answers: all_answers, asked, threads, given: Arc::default(), first }
     }
 }
 
@@ -113,6 +122,9 @@ impl Links for Readers {
     }
 
     fn wait(&mut self, stream: bool) -> io::Result<Need> {
+        if let Some(need) = self.first.pop_front() {
+            return Ok(need);
+        }
         match stream {
             true => Ok(self.asked.try_recv().unwrap_or(Need::Stream)),
             false => Ok(self.asked.recv_timeout(Duration::from_secs(60)).unwrap()),
@@ -220,6 +232,39 @@ fn a_page_that_comes_again_waits_for_a_slow_worker_and_others_do_not() {
         let mut order = begun.lock().unwrap().clone();
         order.retain(|offset| [slow, other, again].contains(offset));
         assert_eq!(order, [other, slow, again]);
+    }
+}
+
+/// The only worker does not place its first batch before a second one waits for it. What page
+/// tables refer to it asks for all the same.
+#[test]
+fn a_worker_has_its_next_batch_before_it_is_done() {
+    for mut script in [Script::pv(), Script::hvm()] {
+        script.rewind();
+        script.pages(&[normal(7, 0x77)]);
+        script.pages(&[normal(8, 0x88)]);
+        let script = finished(script);
+        let domain = small_target(script.hvm);
+        let mut file = script.wire();
+        let wait: Arc<Mutex<Option<Given>>> = Arc::default();
+        let before: Pace = {
+            let wait = Arc::clone(&wait);
+            Arc::new(move |_| {
+                let first = wait.lock().unwrap().take();
+                let end = Instant::now() + Duration::from_secs(20);
+                while first.as_ref().is_some_and(|given| given.lock().unwrap().len() < 2) {
+                    assert!(Instant::now() < end, "there is none");
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Ok(())
+            })
+        };
+        let readers = Readers::start(1, &domain, &file, &before);
+        *wait.lock().unwrap() = Some(Arc::clone(&readers.given));
+        let mut toolstack = FakeToolstack::new(&domain);
+        let links = Some(Box::new(readers) as Box<dyn Links>);
+        restore_with(&domain, &mut file, &mut toolstack, links, &WIRING).unwrap();
+        assert_eq!([7, 8].map(|pfn| first_byte(&domain, pfn)), [0x77, 0x88]);
     }
 }
 

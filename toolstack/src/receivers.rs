@@ -192,8 +192,11 @@ struct Socket<F> {
 }
 
 impl<F: AsFd> Owner for Socket<F> {
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
-        messages::send(self.socket.as_fd(), ask)?;
+    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
+        messages::send(self.socket.as_fd(), ask)
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
         if let Some(heartbeat) = &self.heartbeat {
             heartbeat.wait_for(self.socket.as_fd(), PollFlags::IN)?;
         }

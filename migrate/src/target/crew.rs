@@ -98,7 +98,7 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Has a worker place `batch`, as soon as one is idle and nobody places any of its pages.
+    /// Has a worker place `batch`, as soon as one is ready and nobody places any of its pages.
     pub(super) fn place<G: Guest>(&mut self, batch: Batch, guest: &mut G) -> Result<()> {
         loop {
             if let Some(worker) = self.batches.give(&batch) {

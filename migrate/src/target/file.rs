@@ -2,7 +2,8 @@
 //!
 //! The process that restores reads all but pages. It gives memory to what a record names, notes
 //! types, and hands the place of the pages in the file, with their frames, to a worker that is
-//! idle; then it goes on behind them. A worker asks for nothing but page tables ([`Ask::Resolve`]).
+//! ready; then it goes on behind them. A worker has one batch that it places and one for when that
+//! is done, so that it need not wait. It asks for nothing but page tables ([`Ask::Resolve`]).
 //!
 //! A page may come again, in a later record of a live save, and its last content counts. So a batch
 //! waits while any page of it is under way ([`Batches`]). All else in the stream waits until no
@@ -12,7 +13,8 @@
 //! Not here: processes and files (`toolstack`).
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::io;
 
 use serde::{Deserialize, Serialize};
 
@@ -52,7 +54,8 @@ where
     I: StreamIn<D::Pages>,
 {
     let (mut placer, mut reader) = (Placer::new(domain), Reader::new(input));
-    let mut memory = Asked::new(owner);
+    let mut owner = Ahead { owner, batches: VecDeque::new() };
+    let mut memory = Asked::new(&mut owner);
     loop {
         let Answer::Place(Batch { offset, entries, frames }) = memory.ask(&Ask::Batch)? else {
             return Err(memory.give_up(bug("an answer that is no batch")));
@@ -68,39 +71,79 @@ where
     }
 }
 
-/// Who places what.
-#[derive(Debug, Default)]
-pub(super) struct Batches {
-    idle: Vec<u8>,
-    /// The pfns that each of the others places, ascending.
-    under_way: BTreeMap<u8, Vec<Pfn>>,
+/// An owner, and the batches that have come before they were asked for, or before the answer to
+/// something else.
+struct Ahead<'a, O> {
+    owner: &'a mut O,
+    batches: VecDeque<Batch>,
 }
 
+impl<O: Owner> Owner for Ahead<'_, O> {
+    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
+        self.owner.tell(ask)
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
+        self.owner.hear()
+    }
+
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        self.tell(ask)?;
+        if *ask == Ask::Batch {
+            return self.batches.pop_front().map_or_else(|| self.hear(), |b| Ok(Answer::Place(b)));
+        }
+        loop {
+            match self.hear()? {
+                Answer::Place(batch) => self.batches.push_back(batch),
+                answer => return Ok(answer),
+            }
+        }
+    }
+}
+
+/// Batches that a worker has at most.
+const BATCHES_MAX: usize = 2;
+
+/// Who places what: each worker that has asked, who was given one last at the end, with the pfns of
+/// its batches, ascending, the oldest batch first.
+#[derive(Debug, Default)]
+pub(super) struct Batches(Vec<(u8, VecDeque<Vec<Pfn>>)>);
+
 impl Batches {
-    /// A worker that may place `batch` now, and from now on does.
+    /// A worker that may place `batch` now, and from now on does: of those that have least to do
+    /// the one that was given something longest ago.
     pub(super) fn give(&mut self, batch: &Batch) -> Option<u8> {
         let pfns: Vec<Pfn> = batch.entries.iter().map(|entry| entry.pfn).collect();
-        if self.under_way.values().any(|others| overlap(others, &pfns)) {
+        if self.0.iter().flat_map(|(_, batches)| batches).any(|others| overlap(others, &pfns)) {
             return None;
         }
-        let worker = self.idle.pop()?;
-        self.under_way.insert(worker, pfns);
+        let loads = self.0.iter().map(|(_, batches)| batches.len()).enumerate();
+        let (index, _) = loads.filter(|(_, load)| *load < BATCHES_MAX).min_by_key(|(_, l)| *l)?;
+        let (worker, mut batches) = self.0.remove(index);
+        batches.push_back(pfns);
+        self.0.push((worker, batches));
         Some(worker)
     }
 
-    /// `worker` has placed what it had, if it had anything.
+    /// `worker` has placed the oldest that it had, if it had anything.
     pub(super) fn finish(&mut self, worker: u8) {
-        self.under_way.remove(&worker);
-        self.idle.push(worker);
+        match self.0.iter_mut().find(|(known, _)| *known == worker) {
+            Some((_, batches)) => drop(batches.pop_front()),
+            None => self.0.push((worker, VecDeque::new())),
+        }
     }
 
     pub(super) fn are_under_way(&self) -> bool {
-        !self.under_way.is_empty()
+        self.0.iter().any(|(_, batches)| !batches.is_empty())
     }
 }
 
 /// Whether two ascending lists have a pfn in common.
 fn overlap(mut left: &[Pfn], mut right: &[Pfn]) -> bool {
+    // Most batches are of other parts of the guest.
+    if left.last() < right.first() || right.last() < left.first() {
+        return false;
+    }
     while let ([a, rest_left @ ..], [b, rest_right @ ..]) = (left, right) {
         match a.cmp(b) {
             Ordering::Less => left = rest_left,

@@ -50,7 +50,8 @@ pub enum Ask {
     Differ(#[serde(with = "runs::pfns")] Vec<Pfn>),
     /// To be let into this pass; all of the earlier ones is placed.
     Pass(u32),
-    /// For a batch of the file that the stream is; what it had is placed, and mapped no more.
+    /// For a batch of the file that the stream is; the oldest that it had is placed, and its page
+    /// tables are mapped no more.
     Batch,
     /// Nothing: it has to give up, for a reason that is not the link's.
     Failed(String),
@@ -106,11 +107,27 @@ pub trait Links {
 
 /// The process that restores, as a worker sees it.
 pub trait Owner {
+    /// Asks.
+    ///
+    /// # Errors
+    /// Nobody is there any more.
+    fn tell(&mut self, ask: &Ask) -> io::Result<()>;
+
+    /// Waits for an answer. They come in the order of the questions, but for batches, which come
+    /// when there are any ([`crate::target::file`]).
+    ///
+    /// # Errors
+    /// Nobody is there any more.
+    fn hear(&mut self) -> io::Result<Answer>;
+
     /// Asks, and waits for the answer.
     ///
     /// # Errors
     /// Nobody is there any more.
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer>;
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        self.tell(ask)?;
+        self.hear()
+    }
 }
 
 /// A link as its receiver sees it.
@@ -280,7 +297,13 @@ impl<O: Owner> Memory for Asked<'_, O> {
     }
 
     fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
-        pfns.map(|pfn| lookup(&self.frames, pfn)).collect()
+        // Mostly all are asked for, in order.
+        let mut known = self.frames.iter().peekable();
+        let frame = |pfn| match known.next_if(|(known, _)| *known == pfn) {
+            Some((_, frame)) => Ok(*frame),
+            None => lookup(&self.frames, pfn),
+        };
+        pfns.map(frame).collect()
     }
 
     fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>> {

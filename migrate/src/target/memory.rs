@@ -3,7 +3,6 @@
 //! What a pfn costs here is paid for by memory that the hypervisor gave: nothing grows for a pfn
 //! before its population has succeeded, so a stream that names absurd pfns costs nothing.
 
-use std::collections::BTreeMap;
 use std::io;
 
 use crate::bitmap::PageBitmap;
@@ -90,27 +89,38 @@ pub(super) fn frames<S: Space>(space: &S, pfns: impl Iterator<Item = Pfn>) -> Re
 pub(super) const NO_MEMORY: &str = "it refers to a page that has no memory";
 
 /// The populated pfns of a translated guest, where the frame is the pfn: a bitmap in pieces, for
-/// guests have memory at both ends of large holes.
+/// guests have memory at both ends of large holes. One at the end of all that a guest can have
+/// costs 2 MiB, for the places of pieces before it.
 #[derive(Debug, Default)]
 pub(super) struct Populated {
-    pieces: BTreeMap<u64, PageBitmap>,
+    pieces: Vec<Option<Box<PageBitmap>>>,
 }
 
-/// pfns in a piece: 128 MiB of guest, 4 KiB of bits.
-const PIECE_PAGES: u64 = 1 << 15;
+/// pfns in a piece: 1 GiB of guest, 32 KiB of bits.
+const PIECE_PAGES: u64 = 1 << 18;
 
 impl Space for Populated {
     const EXTENTS: bool = true;
 
     fn frame(&self, pfn: Pfn) -> Option<u64> {
-        let piece = self.pieces.get(&(pfn.0 / PIECE_PAGES))?;
+        let piece = self.pieces.get(piece(pfn)?)?.as_ref()?;
         piece.get(Pfn(pfn.0 % PIECE_PAGES)).then_some(pfn.0)
     }
 
     fn set_frame(&mut self, pfn: Pfn, _frame: u64) -> Result<(), GuestError> {
-        let piece = self.pieces.entry(pfn.0 / PIECE_PAGES);
-        let piece = piece.or_insert_with(|| PageBitmap::new(PIECE_PAGES));
-        piece.set(Pfn(pfn.0 % PIECE_PAGES));
+        let index = piece(pfn).ok_or(GuestError::State(NO_MEMORY))?;
+        if index >= self.pieces.len() {
+            self.pieces.resize_with(index + 1, || None);
+        }
+        if let Some(piece) = self.pieces.get_mut(index) {
+            let piece = piece.get_or_insert_with(|| Box::new(PageBitmap::new(PIECE_PAGES)));
+            piece.set(Pfn(pfn.0 % PIECE_PAGES));
+        }
         Ok(())
     }
+}
+
+/// The piece that has the bit of `pfn`, if a translated guest can have such a pfn.
+fn piece(pfn: Pfn) -> Option<usize> {
+    Pfn(pfn.0 / PIECE_PAGES).index().filter(|_| pfn.0 < HVM_PFN_END)
 }

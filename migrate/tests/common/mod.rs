@@ -430,9 +430,12 @@ struct ReceivingThread {
 }
 
 impl Owner for ReceivingThread {
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
         let need = Need::Ask(self.link, ask.clone());
-        self.asked.send((self.link, need)).map_err(|_| ErrorKind::BrokenPipe)?;
+        self.asked.send((self.link, need)).map_err(|_| ErrorKind::BrokenPipe.into())
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
         self.answers.recv().map_err(|_| ErrorKind::UnexpectedEof.into())
     }
 }
