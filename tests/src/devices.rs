@@ -52,6 +52,7 @@ pub fn run(tally: &mut Tally, session: &Session) {
         tally.case(&format!("{label}: a session over four moves"), || moved(&ROUTES));
         tally.case(&format!("{label}: stop"), || session.remove(&guest));
     }
+    tally.case("hosts have their NICs back", || session.lab().withdraw_devices());
 }
 
 fn move_with_session(

@@ -75,4 +75,20 @@ impl Lab {
         })?;
         Ok(())
     }
+
+    /// Gives all hosts their NIC back, for others that want to use it. Guests with devices are not
+    /// reached any more.
+    ///
+    /// # Errors
+    /// Something fails on a host.
+    pub fn withdraw_devices(&self) -> Result<()> {
+        self.on_all_hosts(|host| {
+            let own = address(NIC, host.number());
+            host.run(&format!(
+                "set -e; ip address del {own}/24 dev xenbr0; ip link set eth{NIC} nomaster\n\
+                 ip address replace {own}/24 dev eth{NIC}"
+            ))
+        })?;
+        Ok(())
+    }
 }
