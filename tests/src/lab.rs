@@ -1,5 +1,6 @@
 //! The lab as the suites use it: hosts with rxl on them, guests that are moved and checked.
 
+use std::iter;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
@@ -53,6 +54,10 @@ impl Session {
                 suffices(lab.shape(), &shape),
                 "the lab that is up is smaller, or another: {shape:?}"
             );
+            // What ran before may have left its NICs slow.
+            let Shape { nics, nic_rate, .. } = lab.shape();
+            let rates = iter::repeat_n(nic_rate, usize::from(*nics)).flatten().cloned();
+            lab.set_nic_rates(&rates.collect::<Vec<_>>())?;
             lab
         };
         Ok(Session { lab, store, is_ours })
