@@ -93,7 +93,8 @@ fn all_moves(
         note(name);
         session.migrate(guest, kind, *route)?;
         let report = session.lab().check_guest(guest)?;
-        ensure!(report.disk_errors == 0, "{} transfers failed", report.disk_errors);
+        let (errors, first) = (report.disk_errors, report.first_disk_error.unwrap_or_default());
+        ensure!(errors == 0, "{errors} transfers failed, the first so: {first}");
         ensure!(report.disk_blocks > blocks, "the disk stands still at {blocks} blocks");
         blocks = report.disk_blocks;
     }

@@ -10,6 +10,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -38,6 +39,7 @@ struct Block([u8; BLOCK_BYTES]);
 pub(crate) struct Disk {
     pub(crate) blocks: AtomicU64,
     pub(crate) errors: AtomicU64,
+    pub(crate) first_error: OnceLock<String>,
 }
 
 /// Whether there are devices; then they are there afterwards, with their addresses.
@@ -80,12 +82,18 @@ impl Disk {
                 Ok(Found::OtherDisk) => transfer(number),
                 done => done,
             };
-            match done {
-                Ok(Found::Same) => self.blocks.fetch_add(1, Ordering::Relaxed),
-                Ok(Found::OtherDisk | Found::Other) | Err(_) => {
-                    self.errors.fetch_add(1, Ordering::Relaxed)
-                }
+            let error = match done {
+                Ok(Found::Same) => None,
+                Ok(Found::OtherDisk) => Some("the disk was another twice".to_owned()),
+                Ok(Found::Other(found)) => Some(format!("{found:#x} was read")),
+                Err(error) => Some(format!("{error:#}")),
             };
+            if let Some(error) = error {
+                self.errors.fetch_add(1, Ordering::Relaxed);
+                self.first_error.get_or_init(|| format!("block {number}: {error}"));
+            } else {
+                self.blocks.fetch_add(1, Ordering::Relaxed);
+            }
             thread::sleep(DISK_PAUSE);
         }
     }
@@ -96,27 +104,27 @@ enum Found {
     /// What was written.
     Same,
     /// What another host's disk may have there, as each has a disk of its own: nothing, or what was
-    /// written there by an earlier round.
+    /// written at this place by an earlier round or guest.
     OtherDisk,
-    /// Anything else: memory that the disk's backend has not written, for one.
-    Other,
+    /// Anything else that begins so: memory that the disk's backend has not written, for one.
+    Other(u64),
 }
 
 fn transfer(number: u64) -> Result<Found> {
     let direct = i32::try_from(OFlags::DIRECT.bits())?;
     let mut disk = OpenOptions::new().read(true).write(true).custom_flags(direct).open(DISK)?;
-    let place = SeekFrom::Start(number % DISK_BLOCKS * BLOCK_BYTES as u64);
-    disk.seek(place)?;
+    let place = number % DISK_BLOCKS;
+    disk.seek(SeekFrom::Start(place * BLOCK_BYTES as u64))?;
     disk.write_all(&block_of(number).0)?;
     let mut read = block_of(UNREAD);
-    disk.seek(place)?;
+    disk.seek(SeekFrom::Start(place * BLOCK_BYTES as u64))?;
     disk.read_exact(&mut read.0)?;
-    Ok(match u64::from_le_bytes(read.0.first_chunk().copied().unwrap_or_default()) {
-        found if read.0 != block_of(found).0 => Found::Other,
-        found if found == number => Found::Same,
-        0 => Found::OtherDisk,
-        found if found < number && found % DISK_BLOCKS == number % DISK_BLOCKS => Found::OtherDisk,
-        _ => Found::Other,
+    let found = u64::from_le_bytes(read.0.first_chunk().copied().unwrap_or_default());
+    let whole = read.0 == block_of(found).0 && found != UNREAD;
+    Ok(match found {
+        _ if whole && found == number => Found::Same,
+        _ if whole && (found == 0 || found % DISK_BLOCKS == place) => Found::OtherDisk,
+        _ => Found::Other(found),
     })
 }
 

@@ -39,6 +39,7 @@ struct Report {
     suspended_ms: f64,
     disk_blocks: u64,
     disk_errors: u64,
+    first_disk_error: Option<String>,
 }
 
 impl Reporter {
@@ -83,6 +84,7 @@ impl Reporter {
             suspended_ms: rounded(ticks.suspended.as_secs_f64() * 1e3),
             disk_blocks: self.disk.blocks.load(Ordering::Relaxed),
             disk_errors: self.disk.errors.load(Ordering::Relaxed),
+            first_disk_error: self.disk.first_error.get().cloned(),
         };
         serde_json::to_string(&report).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
     }

@@ -179,6 +179,9 @@ pub struct GuestReport {
     /// Those with which that failed.
     #[serde(default)]
     pub disk_errors: u64,
+    /// What the first failure was.
+    #[serde(default)]
+    pub first_disk_error: Option<String>,
 }
 
 impl Lab {
