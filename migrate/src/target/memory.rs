@@ -7,7 +7,7 @@ use std::io;
 
 use crate::bitmap::PageBitmap;
 use crate::error::{Error, GuestError, Result};
-use crate::frame::Pfn;
+use crate::frame::{PAGE_SIZE, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, TargetDomain};
 
 /// First pfn that a translated guest cannot have: 48 bits of guest-physical address are what
@@ -89,15 +89,17 @@ pub(super) fn frames<S: Space>(space: &S, pfns: impl Iterator<Item = Pfn>) -> Re
 pub(super) const NO_MEMORY: &str = "it refers to a page that has no memory";
 
 /// The populated pfns of a translated guest, where the frame is the pfn: a bitmap in pieces, for
-/// guests have memory at both ends of large holes. One at the end of all that a guest can have
-/// costs 2 MiB, for the places of pieces before it.
+/// guests have memory at both ends of large holes. A piece is no larger than the page that it is
+/// made for. One at the end of all that a guest can have costs 16 MiB besides, for the places of
+/// pieces before it.
 #[derive(Debug, Default)]
 pub(super) struct Populated {
     pieces: Vec<Option<Box<PageBitmap>>>,
 }
 
-/// pfns in a piece: 1 GiB of guest, 32 KiB of bits.
-const PIECE_PAGES: u64 = 1 << 18;
+/// pfns in a piece: 128 MiB of guest, 4 KiB of bits.
+const PIECE_PAGES: u64 = 1 << 15;
+const _: () = assert!(PIECE_PAGES / 8 <= PAGE_SIZE as u64);
 
 impl Space for Populated {
     const EXTENTS: bool = true;
