@@ -18,12 +18,14 @@ use std::time::{Duration, Instant};
 
 use common::{HOST_FRAMES, WIRING, guest};
 use rxl_migrate::error::Error;
-use rxl_migrate::fake::{FakeDomain, FakePages, FakeToolstack, Host, Rng, Script, Wire, compare};
+use rxl_migrate::fake::{
+    FakeDomain, FakePages, FakeToolstack, Host, Rng, Script, Wire, compare, tables,
+};
 use rxl_migrate::frame::{PageBuf, PageType, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, LogLevel, PageSlot, StreamIn};
 use rxl_migrate::source::precopy::Policy;
 use rxl_migrate::source::{self, Verify, save};
-use rxl_migrate::stream::libxc::{PageEntry, StreamHeader};
+use rxl_migrate::stream::libxc::{PageEntry, RecordKind, StreamHeader, p2m_frames};
 use rxl_migrate::stream::link::{LinkSet, Offer, Secret, pass_end_record};
 use rxl_migrate::target::file::{Batch, work_on_file};
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner};
@@ -61,8 +63,13 @@ impl StreamIn<FakePages> for Paced {
     }
 }
 
-/// Where each batch begins that has been handed out.
-type Given = Arc<Mutex<Vec<u64>>>;
+/// What has been handed out.
+type Given = Arc<Mutex<Vec<Batch>>>;
+
+/// Where each of these begins.
+fn offsets(given: &[Batch]) -> Vec<u64> {
+    given.iter().map(|batch| batch.offset).collect()
+}
 
 /// Threads in the place of processes.
 struct Readers {
@@ -81,12 +88,9 @@ struct Socket {
 }
 
 impl Owner for Socket {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
         let need = Need::Ask(self.worker, ask.clone());
-        self.asked.send(need).map_err(|_| ErrorKind::BrokenPipe.into())
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
+        self.asked.send(need).map_err(|_| io::Error::from(ErrorKind::BrokenPipe))?;
         self.answers.recv().map_err(|_| ErrorKind::UnexpectedEof.into())
     }
 }
@@ -132,8 +136,8 @@ impl Links for Readers {
     }
 
     fn answer(&mut self, worker: u8, answer: &Answer) -> io::Result<()> {
-        if let Answer::Place(Batch { offset, .. }) = answer {
-            self.given.lock().unwrap().push(*offset);
+        if let Answer::Place(batch) = answer {
+            self.given.lock().unwrap().push(batch.clone());
         }
         let sent = self.answers[usize::from(worker)].send(answer.clone());
         sent.map_err(|_| ErrorKind::BrokenPipe.into())
@@ -155,7 +159,7 @@ impl Drop for Readers {
 struct Restored {
     outcome: Result<Outcome, Error>,
     toolstack: FakeToolstack,
-    given: Vec<u64>,
+    given: Vec<Batch>,
 }
 
 /// Restores `file` into `domain` by so many workers.
@@ -235,8 +239,7 @@ fn a_page_that_comes_again_waits_for_a_slow_worker_and_others_do_not() {
     }
 }
 
-/// The only worker does not place its first batch before a second one waits for it. What page
-/// tables refer to it asks for all the same.
+/// The only worker does not place its first batch before a second one waits for it.
 #[test]
 fn a_worker_has_its_next_batch_before_it_is_done() {
     for mut script in [Script::pv(), Script::hvm()] {
@@ -268,6 +271,25 @@ fn a_worker_has_its_next_batch_before_it_is_done() {
     }
 }
 
+/// So workers need not ask for it. A batch is cut before it refers to too much for a message.
+#[test]
+fn what_page_tables_refer_to_comes_with_their_batch() {
+    let mut script = Script::pv();
+    script.rewind();
+    script.record(RecordKind::X86PvP2mFrames, &p2m_frames(Pfn(63), &[Pfn(9)]).unwrap());
+    let first = next_page(&mut script, 11);
+    let entries: Vec<(usize, u64)> = (0..512).map(|slot| (slot, 4 + slot as u64 % 2)).collect();
+    let kind = PageType::Table { level: 1, pinned: false };
+    script.pages(&(16..27).map(|pfn| (pfn, kind, tables(&entries))).collect::<Vec<_>>());
+    let domain = small_target(false);
+    let restored = restored(&domain, &mut finished(script).wire(), 2, &at_once());
+    restored.outcome.unwrap();
+    let referred = |batch: &Batch| batch.referred.iter().map(|pfn| pfn.0).collect::<Vec<u64>>();
+    let all: Vec<_> = restored.given.iter().map(|batch| (batch.offset, referred(batch))).collect();
+    assert_eq!(all[0].1, [2, 3, 10]);
+    assert_eq!(all[all.len() - 2..], [(first, vec![4, 5]), (first + 8 * 4096, vec![4, 5])]);
+}
+
 /// Its workers take between no time and a millisecond for a batch.
 #[test]
 fn a_guest_that_wrote_arrives_as_it_was_and_not_a_byte_more_is_taken() {
@@ -293,7 +315,7 @@ fn a_guest_that_wrote_arrives_as_it_was_and_not_a_byte_more_is_taken() {
         assert_eq!(compare(&source, &target, &WIRING, &outcome.unwrap()), [""; 0], "{seed}");
         assert_eq!(&file.bytes[file.position..], b"libxl reads on here");
         assert_eq!(toolstack.lines(LogLevel::Error), [""; 0], "{seed}");
-        assert!(given.is_sorted() && given.len() > 4, "{seed}: {given:?}");
+        assert!(given.is_sorted_by_key(|batch| batch.offset) && given.len() > 4, "{seed}");
     }
 }
 
@@ -301,7 +323,7 @@ fn a_guest_that_wrote_arrives_as_it_was_and_not_a_byte_more_is_taken() {
 fn pages_that_differ_after_a_verify_record_are_told() {
     let mut script = Script::hvm();
     script.rewind();
-    script.record(rxl_migrate::stream::libxc::RecordKind::Verify, &[]);
+    script.record(RecordKind::Verify, &[]);
     script.pages(&[normal(0, 0x11), normal(2, 0x77)]);
     let script = script.finish_hvm();
     let domain = small_target(true);
@@ -398,5 +420,5 @@ fn records_are_cut_into_batches_of_ascending_pfns() {
         restored(&domain, &mut script.finish_hvm().wire(), 2, &at_once());
     outcome.unwrap();
     assert_eq!([4, 5, 9].map(|pfn| first_byte(&domain, pfn)), [4, 1, 3]);
-    assert_eq!(given[given.len() - 3..], [start, start + 2 * 4096, start + 3 * 4096]);
+    assert_eq!(offsets(&given)[given.len() - 3..], [start, start + 2 * 4096, start + 3 * 4096]);
 }

@@ -4,6 +4,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use rustix::buffer::spare_capacity;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
 use serde::Serialize;
@@ -12,7 +13,7 @@ use serde::de::DeserializeOwned;
 use crate::abort;
 
 /// Longest message in bytes.
-pub(crate) const MESSAGE_BYTES_MAX: usize = 64 << 10;
+pub(crate) const MESSAGE_BYTES_MAX: usize = 256 << 10;
 /// Messages that a socket has room for, at their longest: nobody may wait for room, because who
 /// has nothing to read would wait for ever.
 const MESSAGES_MAX: usize = 8;
@@ -54,19 +55,20 @@ pub(crate) fn send(socket: BorrowedFd<'_>, message: &impl Serialize) -> io::Resu
 
 /// The next message; `None`: the other end is closed.
 pub(crate) fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result<Option<M>> {
-    let mut message = vec![0; MESSAGE_BYTES_MAX];
-    let length = loop {
-        match rustix::net::recv(socket, &mut message[..], RecvFlags::empty()) {
-            Ok((length, _)) => break length,
+    // Most messages are short, so nothing is cleared that none fills.
+    let mut message = Vec::with_capacity(MESSAGE_BYTES_MAX);
+    loop {
+        match rustix::net::recv(socket, spare_capacity(&mut message), RecvFlags::empty()) {
+            Ok(_) => break,
             Err(Errno::INTR) if !abort::requested() => {}
             // It had sent something that nobody has read when it ended.
             Err(Errno::CONNRESET) => return Ok(None),
             Err(error) => return Err(error.into()),
         }
-    };
-    match message.get(..length) {
-        None | Some([]) => Ok(None),
-        Some(message) => Ok(Some(serde_json::from_slice(message)?)),
+    }
+    match message.as_slice() {
+        [] => Ok(None),
+        message => Ok(Some(serde_json::from_slice(message)?)),
     }
 }
 
@@ -74,9 +76,11 @@ pub(crate) fn receive<M: DeserializeOwned>(socket: BorrowedFd<'_>) -> io::Result
 mod tests {
     use std::os::fd::AsFd;
 
-    use rxl_migrate::frame::Pfn;
+    use rxl_migrate::frame::{PageType, Pfn};
     use rxl_migrate::source::workers::{Reply, Request};
     use rxl_migrate::source::{Outcome, Pass};
+    use rxl_migrate::stream::libxc::PageEntry;
+    use rxl_migrate::target::file::Batch;
     use rxl_migrate::target::links::Answer;
 
     use super::*;
@@ -85,7 +89,7 @@ mod tests {
     #[test]
     fn the_longest_messages_arrive_whole_and_several_wait_for_their_reader() {
         let (ours, theirs) = pair().unwrap();
-        let pages: Vec<Pfn> = (0..1024).map(|n| Pfn((1 << 52) - 2 * n)).collect();
+        let pages: Vec<Pfn> = (0..1024).map(|n| Pfn((1 << 52) - 2 - 2 * n)).collect();
         let request = Request::Batch {
             pages: pages.clone(),
             taken_over: vec![3],
@@ -104,6 +108,19 @@ mod tests {
         let answer = Answer::Frames(pages.iter().map(|pfn| pfn.0).collect());
         send(theirs.as_fd(), &answer).unwrap();
         assert_eq!(receive(ours.as_fd()).unwrap(), Some(answer));
+        let kind = PageType::Table { level: 4, pinned: true };
+        let entries = pages.iter().map(|pfn| PageEntry { pfn: *pfn, kind }).collect();
+        let frames = pages.iter().map(|pfn| pfn.0).collect();
+        let referred: Vec<Pfn> = (0..4096).map(|n| Pfn((1 << 52) - 2 - 2 * n)).collect();
+        let referred_frames = referred.iter().map(|pfn| pfn.0).collect();
+        let batch = Batch { offset: u64::MAX, entries, frames, referred, referred_frames };
+        let answer = Answer::Place(batch);
+        for _ in 0..MESSAGES_MAX {
+            send(theirs.as_fd(), &answer).unwrap();
+        }
+        for _ in 0..MESSAGES_MAX {
+            assert_eq!(receive(ours.as_fd()).unwrap(), Some(answer.clone()));
+        }
         drop(ours);
         assert_eq!(receive::<Request>(theirs.as_fd()).unwrap(), None);
     }

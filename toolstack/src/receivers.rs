@@ -192,11 +192,8 @@ struct Socket<F> {
 }
 
 impl<F: AsFd> Owner for Socket<F> {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
-        messages::send(self.socket.as_fd(), ask)
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        messages::send(self.socket.as_fd(), ask)?;
         if let Some(heartbeat) = &self.heartbeat {
             heartbeat.wait_for(self.socket.as_fd(), PollFlags::IN)?;
         }

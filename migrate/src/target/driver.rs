@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::error::{Error, Result};
-use crate::frame::DomId;
+use crate::frame::{DomId, PageBuf};
 use crate::hypervisor::{CpuPolicy, LogLevel, StreamIn, TargetDomain, Toolstack};
 use crate::report::Event as Report;
 use crate::stream::FormatError;
@@ -194,6 +194,17 @@ impl<'a, I: StreamIn<P>, P: crate::hypervisor::ForeignPages> Reader<'a, I, P> {
         Ok(start)
     }
 
+    /// The page at byte `offset` of a stream that is a file, which goes on where it is.
+    pub(super) fn page_at(&mut self, offset: u64, what: &'static str) -> Result<Box<PageBuf>> {
+        let failed = |source| Error::Stream { what, source };
+        let here = self.input.position().map_err(failed)?;
+        let mut page = PageBuf::zeroed();
+        self.input.go_to(offset).map_err(failed)?;
+        self.input.read_exact(&mut page.0).map_err(failed)?;
+        self.input.go_to(here).map_err(failed)?;
+        Ok(page)
+    }
+
     fn fill(&mut self, bytes: &mut [u8], what: &'static str) -> Result<()> {
         self.input.read_exact(bytes).map_err(|source| Error::Stream { what, source })?;
         self.bytes += bytes.len() as u64;
@@ -337,8 +348,8 @@ where
     fn receive_pages(&mut self, length: usize, compare: bool) -> Result<()> {
         let Receiver { placer, reader, guest, verification, toolstack, crew, .. } = self;
         if !compare && crew.reads_file() {
-            let batches = pages::batches_in_file(reader, guest, length)?;
-            return batches.into_iter().try_for_each(|batch| crew.place(batch, guest));
+            let give = |batch, guest: &mut G| crew.place(batch, guest);
+            return pages::batches_in_file(reader, guest, length, give);
         }
         if !compare {
             return placer.receive(reader, guest, length);

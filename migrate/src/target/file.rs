@@ -1,9 +1,9 @@
 //! A stream that is a file: workers read its pages by themselves, several batches at once.
 //!
-//! The process that restores reads all but pages. It gives memory to what a record names, notes
-//! types, and hands the place of the pages in the file, with their frames, to a worker that is
-//! ready; then it goes on behind them. A worker has one batch that it places and one for when that
-//! is done, so that it need not wait. It asks for nothing but page tables ([`Ask::Resolve`]).
+//! The process that restores reads all but pages, and of these the page tables. It gives memory to
+//! what a record names and to what tables refer to, notes types, and hands the place of the pages in
+//! the file to a worker that is ready, with all frames; then it goes on behind them. A worker has one
+//! batch that it places and one for when that is done. So it waits for nothing but the file.
 //!
 //! A page may come again, in a later record of a live save, and its last content counts. So a batch
 //! waits while any page of it is under way ([`Batches`]). All else in the stream waits until no
@@ -14,21 +14,26 @@
 
 use std::cmp::Ordering;
 use std::collections::VecDeque;
-use std::io;
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::frame::Pfn;
+use crate::frame::{Mfn, PageBuf, Pfn, WORDS_PER_PAGE};
 use crate::hypervisor::{StreamIn, TargetDomain};
 use crate::runs;
 use crate::stream::libxc::PageEntry;
 use crate::target::driver::Reader;
-use crate::target::links::{Answer, Ask, Asked, Owner, bug};
+use crate::target::guest::Frames;
+use crate::target::links::{Answer, Ask, Asked, Owner, bug, finder};
 use crate::target::pages::Placer;
+use crate::x86::pv::localise;
 
 /// What could not be read, if the file has become shorter.
 const FILE: &str = "could not read page data from the file";
+
+/// Pages that the tables of a batch refer to at most, or that many entries with the same page: eight
+/// tables are more than a batch has where a guest's tables are spread over its memory.
+pub(crate) const REFERRED_MAX: usize = 8 * WORDS_PER_PAGE;
 
 /// Pages in a file, and where they belong.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +46,12 @@ pub struct Batch {
     /// The frame of each.
     #[serde(with = "runs::frames")]
     pub frames: Vec<u64>,
+    /// What the page tables among them refer to, ascending: at most [`REFERRED_MAX`].
+    #[serde(with = "runs::pfns")]
+    pub referred: Vec<Pfn>,
+    /// The frame of each.
+    #[serde(with = "runs::frames")]
+    pub referred_frames: Vec<u64>,
 }
 
 /// Places batches of the file `input` in the memory of `domain` until the owner wants no more. What
@@ -54,50 +65,41 @@ where
     I: StreamIn<D::Pages>,
 {
     let (mut placer, mut reader) = (Placer::new(domain), Reader::new(input));
-    let mut owner = Ahead { owner, batches: VecDeque::new() };
-    let mut memory = Asked::new(&mut owner);
+    let mut owner = Asked::new(owner);
     loop {
-        let Answer::Place(Batch { offset, entries, frames }) = memory.ask(&Ask::Batch)? else {
-            return Err(memory.give_up(bug("an answer that is no batch")));
+        let Answer::Place(batch) = owner.ask(&Ask::Batch)? else {
+            return Err(owner.give_up(bug("an answer that is no batch")));
         };
-        memory.note(entries.iter().map(|entry| entry.pfn).zip(frames).collect());
-        let there = reader.input.go_to(offset);
+        let there = reader.input.go_to(batch.offset);
         let there = there.map_err(|source| Error::Stream { what: FILE, source });
-        match there.and_then(|()| placer.place(&mut reader, &mut memory, &entries)) {
-            Ok(()) => {}
-            Err(error @ Error::Worker { .. }) => return Err(error),
-            Err(error) => return Err(memory.give_up(error)),
-        }
+        let mut frames = Told::new(&batch);
+        let placed = there.and_then(|()| placer.place(&mut reader, &mut frames, &batch.entries));
+        placed.map_err(|error| owner.give_up(error))?;
     }
 }
 
-/// An owner, and the batches that have come before they were asked for, or before the answer to
-/// something else.
-struct Ahead<'a, O> {
-    owner: &'a mut O,
-    batches: VecDeque<Batch>,
+/// Frames that came with a batch, by pfn.
+struct Told {
+    pages: Vec<(Pfn, u64)>,
+    referred: Vec<(Pfn, u64)>,
 }
 
-impl<O: Owner> Owner for Ahead<'_, O> {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
-        self.owner.tell(ask)
+impl Told {
+    fn new(batch: &Batch) -> Told {
+        let pages = batch.entries.iter().map(|entry| entry.pfn).zip(batch.frames.iter().copied());
+        let referred = batch.referred.iter().copied().zip(batch.referred_frames.iter().copied());
+        Told { pages: pages.collect(), referred: referred.collect() }
+    }
+}
+
+impl Frames for Told {
+    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
+        pfns.map(finder(&self.pages)).collect()
     }
 
-    fn hear(&mut self) -> io::Result<Answer> {
-        self.owner.hear()
-    }
-
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
-        self.tell(ask)?;
-        if *ask == Ask::Batch {
-            return self.batches.pop_front().map_or_else(|| self.hear(), |b| Ok(Answer::Place(b)));
-        }
-        loop {
-            match self.hear()? {
-                Answer::Place(batch) => self.batches.push_back(batch),
-                answer => return Ok(answer),
-            }
-        }
+    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
+        let mut frame = finder(&self.referred);
+        tables.iter_mut().try_for_each(|table| localise(table, |pfn| frame(pfn).map(Mfn)))
     }
 }
 

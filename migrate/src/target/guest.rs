@@ -5,18 +5,32 @@ use crate::frame::{PageBuf, PageType, Pfn};
 use crate::stream::libxc::{PageEntry, RecordKind};
 use crate::target::driver::{Options, Outcome};
 
+/// Where the pages of a batch are, and those that its page tables refer to.
+pub(super) trait Frames {
+    /// The frames of pfns that were prepared with data.
+    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>>;
+    /// Turns the pfns of page tables into frames.
+    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()>;
+}
+
 /// What is known of the memory of a guest that is being received: in this process, or asked of
-/// the one that knows it ([`crate::target::link`]).
-pub(super) trait Memory {
+/// the one that knows it ([`crate::target::links`]).
+pub(super) trait Memory: Frames {
     /// Refuses entries that the guest cannot have, gives memory to those that need some, and
     /// remembers their types.
     fn prepare(&mut self, entries: &[PageEntry]) -> Result<()>;
-    /// The frames of pfns that were prepared with data.
-    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>>;
     /// The frames of any pfns, as far as they have memory.
     fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>>;
-    /// Turns the pfns of page tables into frames.
-    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()>;
+}
+
+impl<G: Guest> Frames for G {
+    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
+        Guest::frames(self, pfns)
+    }
+
+    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
+        Guest::localise(self, tables)
+    }
 }
 
 impl<G: Guest> Memory for G {
@@ -28,16 +42,8 @@ impl<G: Guest> Memory for G {
         Ok(())
     }
 
-    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
-        Guest::frames(self, pfns)
-    }
-
     fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>> {
         Ok(pfns.iter().map(|pfn| self.frame(*pfn)).collect())
-    }
-
-    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
-        Guest::localise(self, tables)
     }
 }
 

@@ -88,8 +88,11 @@ impl<D: TargetDomain> Guest for Hvm<'_, D> {
     }
 
     /// There are no tables: `check` refuses them.
-    fn resolve(&mut self, _pfns: &[Pfn]) -> Result<Vec<u64>> {
-        Err(Error::Unsupported("only a PV guest has page tables of its own"))
+    fn resolve(&mut self, pfns: &[Pfn]) -> Result<Vec<u64>> {
+        match pfns {
+            [] => Ok(Vec::new()),
+            _ => Err(Error::Unsupported("only a PV guest has page tables of its own")),
+        }
     }
 
     /// There are none.

@@ -14,7 +14,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::frame::{INVALID_FRAME, PageBuf, Pfn};
+use crate::frame::{INVALID_FRAME, Mfn, PageBuf, Pfn};
 use crate::hypervisor::{BATCH_PAGES_MAX, StreamIn, TargetDomain};
 use crate::runs;
 use crate::stream::FormatError;
@@ -23,15 +23,15 @@ use crate::stream::libxc::{PageEntry, RECORD_HEADER_BYTES, ReadKind, RecordHeade
 use crate::stream::link::{self, Offer};
 use crate::stream::reduced::Agreed;
 use crate::target::driver::Reader;
-use crate::target::file::Batch;
-use crate::target::guest::Memory;
+use crate::target::file::{Batch, REFERRED_MAX};
+use crate::target::guest::{Frames, Memory};
 use crate::target::pages::Placer;
 use crate::target::verify::Verifier;
 use crate::x86::pv::{localise, referenced};
 
-/// Longest message in bytes: the frames of a batch with all their digits, or of those that a few
-/// page tables refer to.
-pub const MESSAGE_BYTES_MAX: usize = 64 * BATCH_PAGES_MAX;
+/// Longest message in bytes: a batch of a file, of which no two numbers are neighbours. Most have 16
+/// digits, which leaves room for names.
+pub const MESSAGE_BYTES_MAX: usize = 2 * 25 * (BATCH_PAGES_MAX + REFERRED_MAX);
 
 /// What could not be read, if a link ends early.
 const LINK: &str = "could not read from a link";
@@ -42,7 +42,7 @@ pub enum Ask {
     /// To check these entries, give memory to their pages, and note their types; the frames of
     /// those with data are wanted.
     Prepare(#[serde(with = "runs::entries")] Vec<PageEntry>),
-    /// For the frames of pages that a page table refers to, which get memory if they have none.
+    /// For the frames of pages that page tables refer to, which get memory if they have none.
     Resolve(#[serde(with = "runs::pfns")] Vec<Pfn>),
     /// For the frames of these pages, as far as they have memory.
     Look(#[serde(with = "runs::pfns")] Vec<Pfn>),
@@ -50,8 +50,8 @@ pub enum Ask {
     Differ(#[serde(with = "runs::pfns")] Vec<Pfn>),
     /// To be let into this pass; all of the earlier ones is placed.
     Pass(u32),
-    /// For a batch of the file that the stream is; the oldest that it had is placed, and its page
-    /// tables are mapped no more.
+    /// For a batch of the file that the stream is, which may have come already; the oldest that it
+    /// had is placed, and its page tables are mapped no more.
     Batch,
     /// Nothing: it has to give up, for a reason that is not the link's.
     Failed(String),
@@ -107,27 +107,11 @@ pub trait Links {
 
 /// The process that restores, as a worker sees it.
 pub trait Owner {
-    /// Asks.
+    /// Asks, and waits for an answer; the next batch may have come before.
     ///
     /// # Errors
     /// Nobody is there any more.
-    fn tell(&mut self, ask: &Ask) -> io::Result<()>;
-
-    /// Waits for an answer. They come in the order of the questions, but for batches, which come
-    /// when there are any ([`crate::target::file`]).
-    ///
-    /// # Errors
-    /// Nobody is there any more.
-    fn hear(&mut self) -> io::Result<Answer>;
-
-    /// Asks, and waits for the answer.
-    ///
-    /// # Errors
-    /// Nobody is there any more.
-    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
-        self.tell(ask)?;
-        self.hear()
-    }
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer>;
 }
 
 /// A link as its receiver sees it.
@@ -260,13 +244,6 @@ impl<'a, O: Owner> Asked<'a, O> {
         error
     }
 
-    /// Takes note of frames that the owner has told without a question.
-    pub(super) fn note(&mut self, frames: Vec<(Pfn, u64)>) {
-        self.frames = frames;
-        // Stable: where a pfn comes twice, its frame is the same.
-        self.frames.sort_by_key(|(pfn, _)| *pfn);
-    }
-
     pub(super) fn ask(&mut self, ask: &Ask) -> Result<Answer> {
         let what = "asking the process that restores";
         self.owner.ask(ask).map_err(|source| Error::Worker { what, source })
@@ -283,6 +260,24 @@ impl<'a, O: Owner> Asked<'a, O> {
     }
 }
 
+impl<O: Owner> Frames for Asked<'_, O> {
+    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
+        pfns.map(finder(&self.frames)).collect()
+    }
+
+    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
+        let mut pfns: Vec<Pfn> = tables.iter().flat_map(|table| referenced(table)).collect();
+        pfns.sort_unstable();
+        pfns.dedup();
+        let mut frames = Vec::with_capacity(pfns.len());
+        for pfns in pfns.chunks(BATCH_PAGES_MAX) {
+            frames.extend(self.frames_of(&Ask::Resolve(pfns.to_vec()), pfns)?);
+        }
+        let mut frame = finder(&frames);
+        tables.iter_mut().try_for_each(|table| localise(table, |pfn| frame(pfn).map(Mfn)))
+    }
+}
+
 impl<O: Owner> Memory for Asked<'_, O> {
     fn prepare(&mut self, entries: &[PageEntry]) -> Result<()> {
         let mut all = Vec::new();
@@ -292,44 +287,31 @@ impl<O: Owner> Memory for Asked<'_, O> {
             let frames = self.frames_of(&Ask::Prepare(entries.to_vec()), &pfns)?;
             all.extend(frames);
         }
-        self.note(all);
+        // Stable: where a pfn comes twice, its frame is the same.
+        all.sort_by_key(|(pfn, _)| *pfn);
+        self.frames = all;
         Ok(())
-    }
-
-    fn frames(&self, pfns: impl Iterator<Item = Pfn>) -> Result<Vec<u64>> {
-        // Mostly all are asked for, in order.
-        let mut known = self.frames.iter().peekable();
-        let frame = |pfn| match known.next_if(|(known, _)| *known == pfn) {
-            Some((_, frame)) => Ok(*frame),
-            None => lookup(&self.frames, pfn),
-        };
-        pfns.map(frame).collect()
     }
 
     fn look(&mut self, pfns: &[Pfn]) -> Result<Vec<Option<u64>>> {
         let frames = self.frames_of(&Ask::Look(pfns.to_vec()), pfns)?;
         Ok(frames.iter().map(|(_, frame)| Some(*frame).filter(|f| *f != INVALID_FRAME)).collect())
     }
-
-    fn localise(&mut self, tables: &mut [&mut PageBuf]) -> Result<()> {
-        for table in tables {
-            let mut pfns: Vec<Pfn> = referenced(table).collect();
-            pfns.sort_unstable();
-            pfns.dedup();
-            if pfns.is_empty() {
-                continue;
-            }
-            let frames = self.frames_of(&Ask::Resolve(pfns.clone()), &pfns)?;
-            localise(table, |pfn| lookup(&frames, pfn).map(crate::frame::Mfn))?;
-        }
-        Ok(())
-    }
 }
 
-fn lookup(frames: &[(Pfn, u64)], pfn: Pfn) -> Result<u64> {
-    let found = frames.binary_search_by_key(&pfn, |(pfn, _)| *pfn).ok();
-    let frame = found.and_then(|index| frames.get(index)).map(|(_, frame)| *frame);
-    frame.ok_or_else(|| bug("a frame that nobody asked for"))
+/// Finds the frames of pfns in `frames`, which is by pfn: at once where they come in that order, as
+/// they mostly do.
+pub(super) fn finder(frames: &[(Pfn, u64)]) -> impl FnMut(Pfn) -> Result<u64> {
+    let mut next = 0;
+    move |pfn| {
+        let found = match frames.get(next) {
+            Some((known, _)) if *known == pfn => next,
+            _ => frames.partition_point(|(known, _)| *known < pfn),
+        };
+        next = found + 1;
+        let frame = frames.get(found).filter(|(known, _)| *known == pfn).map(|(_, frame)| *frame);
+        frame.ok_or_else(|| bug("a frame that nobody asked for"))
+    }
 }
 
 pub(super) fn bug(event: &'static str) -> Error {

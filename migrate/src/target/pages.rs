@@ -7,7 +7,7 @@
 //! cannot become a page table.
 
 use crate::error::{Error, Result};
-use crate::frame::{PAGE_SIZE, PageBuf, PageType, Pfn};
+use crate::frame::{PAGE_SIZE, PageBuf, PageType, Pfn, WORDS_PER_PAGE};
 use crate::hypervisor::{
     Access, BATCH_PAGES_MAX, ForeignPages, LogLevel, PageSlot, StreamIn, TargetDomain, Toolstack,
 };
@@ -15,8 +15,9 @@ use crate::stream::FormatError;
 use crate::stream::libxc::{PageEntry, RecordKind, page_data_count, page_data_entries};
 use crate::stream::reduced::{self, Agreed, REDUCED_BYTES_MAX};
 use crate::target::driver::Reader;
-use crate::target::file::Batch;
-use crate::target::guest::Memory;
+use crate::target::file::{Batch, REFERRED_MAX};
+use crate::target::guest::{Frames, Guest, Memory};
+use crate::x86::pv::referenced;
 
 /// Most entries in a record. One that is full of pages has fewer than 2^15, by the limit that
 /// any record has; stock puts 1024 into each.
@@ -141,11 +142,10 @@ impl<'a, D: TargetDomain> Placer<'a, D> {
     ) -> Result<()>
     where
         I: StreamIn<D::Pages>,
-        M: Memory,
+        M: Frames,
     {
         let frames = memory.frames(batch.iter().map(|entry| entry.pfn))?;
         let pages = self.domain.map(&frames, Access::ReadWrite)?;
-        let is_table = |entry: &PageEntry| entry.kind.table_level().is_some();
         self.make_copies(batch.iter().filter(|entry| is_table(entry)).count());
         let mut copies = self.copies.iter_mut();
         let slot = |(index, entry)| match is_table(entry).then(|| copies.next()).flatten() {
@@ -237,34 +237,76 @@ where
     Ok(entries)
 }
 
-/// Reads the entries of a page-data record of a file, `length` bytes, prepares the guest for them,
-/// and passes over the pages, for others to read.
-pub(super) fn batches_in_file<I, P, M>(
+/// Reads the entries of a page-data record of a file, `length` bytes, and its page tables, prepares
+/// the guest for them, and passes over the pages, for others to read: `give` gets each batch before
+/// the next is made.
+pub(super) fn batches_in_file<I, P, G>(
     reader: &mut Reader<'_, I, P>,
-    memory: &mut M,
+    guest: &mut G,
     length: usize,
-) -> Result<Vec<Batch>>
+    mut give: impl FnMut(Batch, &mut G) -> Result<()>,
+) -> Result<()>
 where
     I: StreamIn<P>,
     P: ForeignPages,
-    M: Memory,
+    G: Guest,
 {
-    let data = with_data(reader, memory, length)?;
+    let data = with_data(reader, guest, length)?;
     let mut offset = reader.pass_over((PAGE_SIZE * data.len()) as u64, PAGES)?;
-    let mut found = Vec::new();
-    for entries in batches(&data) {
-        let frames = memory.frames(entries.iter().map(|entry| entry.pfn))?;
-        found.push(Batch { offset, entries: entries.to_vec(), frames });
-        offset += (PAGE_SIZE * entries.len()) as u64;
+    for mut rest in batches(&data) {
+        while !rest.is_empty() {
+            let (count, referred) = first_in_file(reader, offset, rest)?;
+            let (entries, later) = rest.split_at(count);
+            let frames = Guest::frames(guest, entries.iter().map(|entry| entry.pfn))?;
+            let referred_frames = guest.resolve(&referred)?;
+            let entries = entries.to_vec();
+            give(Batch { offset, entries, frames, referred, referred_frames }, guest)?;
+            offset += (PAGE_SIZE * count) as u64;
+            rest = later;
+        }
     }
-    Ok(found)
+    Ok(())
 }
+
+/// How many of `entries`, whose pages begin at byte `offset` of the file, make a batch, and the pfns
+/// that the page tables among them refer to, ascending: at most [`REFERRED_MAX`].
+fn first_in_file<I, P>(
+    reader: &mut Reader<'_, I, P>,
+    offset: u64,
+    entries: &[PageEntry],
+) -> Result<(usize, Vec<Pfn>)>
+where
+    I: StreamIn<P>,
+    P: ForeignPages,
+{
+    let mut referred = Vec::new();
+    let mut count = entries.len();
+    for (index, _) in entries.iter().enumerate().filter(|(_, entry)| is_table(entry)) {
+        let table = reader.page_at(offset + (PAGE_SIZE * index) as u64, PAGES)?;
+        let more: Vec<Pfn> = referenced(&table).collect();
+        if referred.len() + more.len() > REFERRED_MAX {
+            count = index;
+            break;
+        }
+        referred.extend(more);
+    }
+    referred.sort_unstable();
+    referred.dedup();
+    Ok((count, referred))
+}
+
+/// The first table of a batch is never too much for it.
+const _: () = assert!(WORDS_PER_PAGE <= REFERRED_MAX);
 
 /// A pfn may come again in a record, and its last occurrence counts: such are kept apart, for
 /// within a batch page tables are written after all else.
 fn batches(data: &[PageEntry]) -> impl Iterator<Item = &[PageEntry]> {
     let ascending = data.chunk_by(|a, b| a.pfn < b.pfn);
     ascending.flat_map(|run| run.chunks(BATCH_PAGES_MAX))
+}
+
+fn is_table(entry: &PageEntry) -> bool {
+    entry.kind.table_level().is_some()
 }
 
 fn read_pages<I, P>(

@@ -430,12 +430,9 @@ struct ReceivingThread {
 }
 
 impl Owner for ReceivingThread {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
         let need = Need::Ask(self.link, ask.clone());
-        self.asked.send((self.link, need)).map_err(|_| ErrorKind::BrokenPipe.into())
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
+        self.asked.send((self.link, need)).map_err(|_| io::Error::from(ErrorKind::BrokenPipe))?;
         self.answers.recv().map_err(|_| ErrorKind::UnexpectedEof.into())
     }
 }

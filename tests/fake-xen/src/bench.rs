@@ -1,6 +1,6 @@
 //! How fast the save helpers are, side by side on the same machine: `tests/bench engine`.
 //!
-//! Each figure is the median of a few runs; stock's and rxl's alternate, and after each pair comes
+//! Each figure is the median of a few runs; stock's and rxl's alternate, and before each pair comes
 //! a plain copy of the same bytes, which is what no helper can beat. docs/bench.md says what such
 //! figures mean for a real host.
 
@@ -212,7 +212,8 @@ impl Bench {
         name.starts_with(&self.only)
     }
 
-    /// Runs both helpers and the copy in turn, and takes medians.
+    /// Runs the copy and both helpers in turn, and takes medians. The copy comes first because the
+    /// first to read a new file takes longer.
     fn figure(
         &self,
         name: String,
@@ -221,6 +222,7 @@ impl Bench {
     ) -> Result<Figure> {
         let (mut rxl, mut stock, mut limit) = (vec![], vec![], vec![]);
         for pair in 0..self.pairs {
+            limit.push(self.speed(copy().with_context(|| format!("{name} by a plain copy"))?));
             let order = match pair % 2 {
                 0 => [Program::Rxl, Program::Stock],
                 _ => [Program::Stock, Program::Rxl],
@@ -232,7 +234,6 @@ impl Bench {
                     Program::Stock => stock.push(run),
                 }
             }
-            limit.push(self.speed(copy().with_context(|| format!("{name} by a plain copy"))?));
         }
         let speeds = |runs: &[Run]| median(runs.iter().map(|run| self.speed(run.took)).collect());
         let over_pairs = |of: fn(&Run, &Run) -> f64| {

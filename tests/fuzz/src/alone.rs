@@ -30,8 +30,6 @@ const PAGES: u64 = 16;
 /// A link, and an owner who says what comes next in the input.
 struct Lonely<'a> {
     input: &'a RefCell<Packed>,
-    /// What it is asked, in entries of an answer, if it is asked for any.
-    wanted: Cell<Option<usize>>,
     /// An answer was none to its question.
     lied: Cell<bool>,
     /// The link breaks where the input ends.
@@ -56,17 +54,12 @@ impl LinkIn<FakePages> for &Lonely<'_> {
 }
 
 impl Owner for &Lonely<'_> {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
-        self.wanted.set(match ask {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        let wanted = match ask {
             Ask::Prepare(entries) => Some(entries.iter().filter(|e| e.kind.has_data()).count()),
             Ask::Resolve(pfns) | Ask::Look(pfns) => Some(pfns.len()),
             Ask::Differ(_) | Ask::Pass(_) | Ask::Batch | Ask::Failed(_) => None,
-        });
-        Ok(())
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
-        let wanted = self.wanted.take();
+        };
         let answer = self.input.borrow_mut().take(|input| match input.u8() % 8 {
             6 => Some(Answer::GoOn),
             7 => None,
@@ -96,8 +89,7 @@ pub(crate) fn worker(input: Input<'_>, hvm: bool, breaks: bool) {
     let pfns: Vec<Pfn> = (0..PAGES).map(Pfn).collect();
     domain.populate(&pfns, 0).expect("memory");
     let input = RefCell::new(Packed::new(input, false));
-    let (wanted, lied) = Default::default();
-    let lonely = Lonely { input: &input, wanted, lied, breaks };
+    let lonely = Lonely { input: &input, lied: Cell::default(), breaks };
     if let Err(error) = work(&domain, &mut &lonely, &mut &lonely, AGREED) {
         assert!(lonely.lied.get() || !matches!(error, Error::Machine { .. }), "{error}");
         assert_told(&error);

@@ -214,7 +214,13 @@ pub(crate) fn seeds() -> Vec<Vec<u8>> {
         let reply = Reply { done, sent: 7, confirmed: 5, counters };
         seeds.push(json(1, serde_json::to_vec(&reply)));
     }
-    let batch = Batch { offset: 7, entries: entries.clone(), frames: vec![1, 2] };
+    let batch = Batch {
+        offset: 7,
+        entries: entries.clone(),
+        frames: vec![1, 2],
+        referred: vec![Pfn(3)],
+        referred_frames: vec![4],
+    };
     let failed = Ask::Failed("why".into());
     let (look, differ) = (Ask::Look(pfns.clone()), Ask::Differ(pfns.clone()));
     let others = [look, differ, Ask::Pass(1), Ask::Batch, failed];

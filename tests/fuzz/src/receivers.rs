@@ -42,8 +42,6 @@ type Running = Coroutine<Option<Answer>, Pause, String, DefaultStack>;
 /// What a worker's parts have in common.
 struct Talk<'a> {
     yielder: &'a Yielder<Option<Answer>, Pause>,
-    /// What it has asked, if it has not begun to wait for the answer.
-    asked: Cell<Option<Ask>>,
     /// What reading says, if it is over.
     over: Rc<Cell<Option<ErrorKind>>>,
 }
@@ -61,14 +59,8 @@ impl Talk<'_> {
 }
 
 impl Owner for &Talk<'_> {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
-        self.asked.set(Some(ask.clone()));
-        Ok(())
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
-        let asked = self.asked.take().expect("a question before its answer");
-        let answer = self.yielder.suspend(Pause::Asked(asked));
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        let answer = self.yielder.suspend(Pause::Asked(ask.clone()));
         // Without one its owner is gone, or it has noticed meanwhile that its peer is.
         answer.ok_or(ErrorKind::BrokenPipe.into())
     }
@@ -129,7 +121,7 @@ impl Worker {
         let (way, ended) = (usize::from(link) + 1, Rc::clone(&over));
         let stack = DefaultStack::new(STACK_BYTES).expect("a stack");
         let running = Coroutine::with_stack(stack, move |yielder: &Yielder<_, _>, _| {
-            let talk = Talk { yielder, asked: Cell::default(), over: ended };
+            let talk = Talk { yielder, over: ended };
             let mut link = Link { talk: &talk, source, way, confirmed: 0 };
             match work(&domain, &mut link, &mut &talk, AGREED) {
                 Ok(()) => "the end".into(),

@@ -118,11 +118,8 @@ struct Asking<'a, 'b> {
 }
 
 impl Owner for Asking<'_, '_> {
-    fn tell(&mut self, ask: &Ask) -> io::Result<()> {
-        self.socket.send(self.heartbeat.process, ask)
-    }
-
-    fn hear(&mut self) -> io::Result<Answer> {
+    fn ask(&mut self, ask: &Ask) -> io::Result<Answer> {
+        self.socket.send(self.heartbeat.process, ask)?;
         self.heartbeat.wait_readable(self.socket.input)?;
         self.socket.receive(self.heartbeat.process)?.ok_or(ErrorKind::UnexpectedEof.into())
     }
