@@ -11,6 +11,7 @@
 
 mod alone;
 mod block;
+mod file;
 mod handshake;
 mod header;
 mod helper;

@@ -23,11 +23,11 @@ use rxl_migrate::stream::libxc::{
 use rxl_migrate::target::links::Links;
 use rxl_migrate::target::{Outcome, restore, restore_with};
 
-use crate::assert_told;
 use crate::input::Input;
 use crate::linked::{Linked, two_links};
 use crate::receivers::Receivers;
 use crate::ways::{Packed, Stream, Wires};
+use crate::{assert_told, file};
 
 /// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
 const FRAMES_SMALL: u64 = 64;
@@ -83,19 +83,10 @@ fn is_taken(bytes: &[u8]) -> bool {
     let mut input = Input::new(bytes);
     let (flags, call, succeed) = (input.u8(), usize::from(input.u8()), input.u8());
     let has = |flag| flags & flag != 0;
-    let frames = if has(flag::LARGE) { FRAMES_LARGE } else { FRAMES_SMALL };
-    let host = Host::new(frames, 7);
-    let domain = host.create(has(flag::HVM), frames / 2, 2);
-    if has(flag::FRAGMENTED) {
-        host.fragment();
-    }
-    if has(flag::REFUSES_LEAF) {
-        host.refuse_leaf(REFUSED_LEAF);
-    }
-    if has(flag::NARROW) {
-        domain.set_address_bits(32).expect("a domain without memory");
-    }
-    if let Some(call) = CALLS.get(call) {
+    let domain = new_domain(flags);
+    let host = domain.host();
+    let fails = CALLS.get(call).filter(|call| !call.is_empty());
+    if let Some(call) = fails {
         host.fail(call, u64::from(succeed), EIO);
     }
     let mut toolstack = FakeToolstack::new(&domain);
@@ -107,6 +98,9 @@ fn is_taken(bytes: &[u8]) -> bool {
     let restored = restore_with(&domain, &mut stream, &mut toolstack, links, &WIRING);
     host.heal();
     assert_eq!(host.mapped_pages(), 0, "pages are still mapped");
+    if !has(flag::LINKS) && !has(flag::ABORTED) && fails.is_none() {
+        file::check(&domain, &new_domain(flags), stream.taken.clone(), restored.is_ok());
+    }
     match restored {
         Ok(outcome) => {
             complete(&domain, &stream, &toolstack, outcome);
@@ -126,6 +120,24 @@ fn is_taken(bytes: &[u8]) -> bool {
     }
 }
 
+/// An empty domain on a host of its own.
+fn new_domain(flags: u8) -> FakeDomain {
+    let has = |flag| flags & flag != 0;
+    let frames = if has(flag::LARGE) { FRAMES_LARGE } else { FRAMES_SMALL };
+    let host = Host::new(frames, 7);
+    let domain = host.create(has(flag::HVM), frames / 2, 2);
+    if has(flag::FRAGMENTED) {
+        host.fragment();
+    }
+    if has(flag::REFUSES_LEAF) {
+        host.refuse_leaf(REFUSED_LEAF);
+    }
+    if has(flag::NARROW) {
+        domain.set_address_bits(32).expect("a domain without memory");
+    }
+    domain
+}
+
 /// A stream that was taken: it was read up to its END and no further, the toolstack was told what
 /// it has to know, and whoever got such a domain can send it on.
 fn complete(
@@ -137,16 +149,23 @@ fn complete(
     assert_eq!(stream.last, Some([0; 8]), "the last that was read is not END");
     let static_data = |heard: &&Heard| matches!(heard, Heard::StaticDataDone { .. });
     assert_eq!(toolstack.heard.iter().filter(static_data).count(), 1);
-    let finished = Heard::Event(Event::Finished { bytes: stream.taken });
-    assert!(toolstack.heard.contains(&finished), "wrong about the {} bytes", stream.taken);
+    let bytes = stream.taken.len() as u64;
+    let finished = Heard::Event(Event::Finished { bytes });
+    assert!(toolstack.heard.contains(&finished), "wrong about the {bytes} bytes");
     let info = domain.info().expect("a domain");
     for frame in [outcome.store_frame, outcome.console_frame] {
         let none = info.hvm && frame == INVALID_FRAME;
         assert!(none || domain.map(&[frame], Access::Read).is_ok(), "no ring at {frame:#x}");
     }
-    if info.hvm && domain.maximum_gpfn().is_ok_and(|max| max <= AGAIN_PFN_MAX) {
+    if can_be_sent_on(domain) {
         send_on(domain);
     }
+}
+
+/// Whether it is an HVM guest, and not too large.
+pub(crate) fn can_be_sent_on(domain: &FakeDomain) -> bool {
+    domain.info().is_ok_and(|info| info.hvm)
+        && domain.maximum_gpfn().is_ok_and(|max| max <= AGAIN_PFN_MAX)
 }
 
 /// Saves the HVM guest `domain` and restores the stream, twice: both streams are the same.
@@ -159,7 +178,7 @@ fn send_on(domain: &FakeDomain) {
     assert!(saved(&copy).bytes == first.bytes, "a guest changed on its second move");
 }
 
-fn saved(domain: &FakeDomain) -> Wire {
+pub(crate) fn saved(domain: &FakeDomain) -> Wire {
     let mut wire = Wire::default();
     let options =
         source::Options { live: false, verify: source::Verify::No, policy: Policy::Stock };

@@ -167,22 +167,22 @@ impl Source for Wires {
 #[derive(Debug)]
 pub(crate) struct Stream<S> {
     source: Rc<RefCell<S>>,
-    /// Bytes that were read.
-    pub(crate) taken: u64,
-    /// The last of them that were read at once, if they were eight.
+    /// What was read.
+    pub(crate) taken: Vec<u8>,
+    /// The last of it that was read at once, if it was eight bytes.
     pub(crate) last: Option<[u8; 8]>,
 }
 
 impl<S: Source> Stream<S> {
     pub(crate) fn new(source: &Rc<RefCell<S>>) -> Stream<S> {
-        Stream { source: Rc::clone(source), taken: 0, last: None }
+        Stream { source: Rc::clone(source), taken: Vec::new(), last: None }
     }
 
     fn fill(&mut self, bytes: &mut [u8]) -> io::Result<()> {
-        let filled = self.source.borrow_mut().fill(STREAM, bytes);
-        self.taken += bytes.len() as u64;
+        self.source.borrow_mut().fill(STREAM, bytes)?;
+        self.taken.extend_from_slice(bytes);
         self.last = (*bytes).try_into().ok();
-        filled
+        Ok(())
     }
 }
 
