@@ -1,12 +1,14 @@
 //! The lab as the suites use it: hosts with rxl on them, guests that are moved and checked.
 
-use std::iter;
 use std::time::{Duration, Instant};
+use std::{iter, process, thread};
 
 use anyhow::{Result, bail, ensure};
 use rxl_lab::{
     Finished, GuestKind, GuestReport, GuestSpec, Host, Images, Lab, Route, Shape, Store,
 };
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::tally::note;
 
@@ -18,7 +20,7 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(90);
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A lab that is up, with this tree's rxl on its hosts. One that was not up before is taken down
-/// at the end.
+/// at the end, whether that is the suite's or a signal's.
 #[derive(Debug)]
 pub struct Session {
     lab: Lab,
@@ -47,7 +49,9 @@ impl Session {
         let is_ours = rxl_lab::status(&store)?.is_none();
         let lab = if is_ours {
             Images::build(&store, &shape.all_releases())?;
-            Lab::up(&store, shape)?
+            let lab = Lab::up(&store, shape)?;
+            take_down_on_signals(store.clone())?;
+            lab
         } else {
             let lab = Lab::attach(&store)?;
             ensure!(
@@ -205,12 +209,28 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if self.is_ours
-            && let Err(error) = Lab::down(&self.store)
-        {
-            note(format!("cannot take the lab down: {error:#}"));
+        if self.is_ours {
+            take_down(&self.store);
         }
     }
+}
+
+fn take_down(store: &Store) {
+    if let Err(error) = Lab::down(store) {
+        note(format!("cannot take the lab down: {error:#}"));
+    }
+}
+
+/// Ends this process at the first signal to end, which drops no [`Session`], without its lab.
+fn take_down_on_signals(store: Store) -> Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])?;
+    thread::spawn(move || {
+        if let Some(signal) = signals.forever().next() {
+            take_down(&store);
+            process::exit(128 + signal);
+        }
+    });
+    Ok(())
 }
 
 /// Prints the command lines of what takes part in a migration, a save or a restore: either end,
