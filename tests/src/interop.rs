@@ -26,10 +26,11 @@ const SCRIPT_TIMEOUT: Duration = Duration::from_secs(300);
 type Variant = fn(&Session, &str) -> Result<()>;
 
 /// What rxl's verbs can do beside.
-const VARIANTS: [(&str, Variant); 5] = [
+const VARIANTS: [(&str, Variant); 6] = [
     ("save -c lets it run on, restore makes another", checkpoint),
     ("save -p and restore -p leave it paused", paused),
     ("save and restore through pipes", pipes),
+    ("two workers save and restore, processes and threads", by_workers),
     ("save replaces no other guest's file", other_file),
     ("a paused guest is refused at once", paused_before),
 ];
@@ -194,6 +195,19 @@ fn paused_before(session: &Session, guest: &str) -> Result<()> {
         ),
     )
     .map(drop)
+}
+
+/// Hosts of the lab have one processor, and so no workers by themselves.
+fn by_workers(session: &Session, guest: &str) -> Result<()> {
+    for workers in ["2:process", "2:thread"] {
+        let script = format!(
+            "xl save $guest $file; RXL_WORKERS={workers} rxl restore $file; rm $file; \
+             RXL_WORKERS={workers} rxl save $guest $file; RXL_WORKERS={workers} rxl restore $file"
+        );
+        on_host(session, guest, &script)?;
+        check(session, guest)?;
+    }
+    Ok(())
 }
 
 fn pipes(session: &Session, guest: &str) -> Result<()> {
