@@ -197,12 +197,21 @@ fn paused_before(session: &Session, guest: &str) -> Result<()> {
     .map(drop)
 }
 
-/// Hosts of the lab have one processor, and so no workers by themselves.
+/// Hosts of the lab have one processor, and so no workers by themselves. Those that restore are
+/// looked for while they do.
 fn by_workers(session: &Session, guest: &str) -> Result<()> {
-    for workers in ["2:process", "2:thread"] {
+    let modes = [
+        ("process", "pgrep -fc '[-]-restore-worker'"),
+        ("thread", "cat /proc/[0-9]*/task/[0-9]*/comm 2>/dev/null | grep -c '^worker$'"),
+    ];
+    for (mode, count) in modes {
+        let restore = format!(
+            "rxl restore $file & pid=$!; seen=0; while kill -0 $pid 2>/dev/null; do \
+             [ $({count}) -lt 2 ] || seen=1; sleep 0.1; done; wait $pid; rm $file; [ $seen = 1 ]"
+        );
         let script = format!(
-            "xl save $guest $file; RXL_WORKERS={workers} rxl restore $file; rm $file; \
-             RXL_WORKERS={workers} rxl save $guest $file; RXL_WORKERS={workers} rxl restore $file"
+            "export RXL_WORKERS=2:{mode}; xl save $guest $file; {restore}; \
+             rxl save $guest $file; {restore}"
         );
         on_host(session, guest, &script)?;
         check(session, guest)?;

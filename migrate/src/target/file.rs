@@ -31,8 +31,8 @@ use crate::x86::pv::localise;
 /// What could not be read, if the file has become shorter.
 const FILE: &str = "could not read page data from the file";
 
-/// Pages that the tables of a batch refer to at most, or that many entries with the same page: eight
-/// tables are more than a batch has where a guest's tables are spread over its memory.
+/// Present entries that the page tables of a batch have at most: those of eight tables, which is more
+/// than a batch has where a guest's tables are spread over its memory.
 pub(crate) const REFERRED_MAX: usize = 8 * WORDS_PER_PAGE;
 
 /// Pages in a file, and where they belong.

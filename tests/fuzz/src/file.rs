@@ -11,12 +11,10 @@ use rxl_migrate::stream::link::Offer;
 use rxl_migrate::target::file::{Batch, work_on_file};
 use rxl_migrate::target::links::{Answer, Ask, Links, Need, Owner};
 use rxl_migrate::target::restore_with;
+use rxl_migrate::x86::pv::PTE_FRAME_MASK;
 
 use crate::assert_told;
 use crate::restore::{can_be_sent_on, saved};
-
-/// Bits of a page table's entry that are no frame.
-const PTE_FLAGS: u64 = 0xfff;
 
 /// Restores the file `bytes` into `copy`, which is as `domain` was before the same stream was read:
 /// that `taken` it or not.
@@ -165,9 +163,9 @@ impl<'a> Memory<'a> {
     /// What a word says if it names a frame: alone, or with an entry's flags.
     fn meaning(&self, word: u64) -> (u64, u64, bool) {
         let named = |frame| self.pages.get(&frame).copied();
-        match (named(word), named(word >> PAGE_SHIFT)) {
+        match (named(word), named((word & PTE_FRAME_MASK) >> PAGE_SHIFT)) {
             (Some(pfn), _) => (pfn, 0, true),
-            (_, Some(pfn)) => (pfn, word & PTE_FLAGS, true),
+            (_, Some(pfn)) => (pfn, word & !PTE_FRAME_MASK, true),
             _ => (word, 0, false),
         }
     }

@@ -34,6 +34,7 @@ use std::panic;
 use std::sync::Once;
 
 use cap::Cap;
+use rxl_migrate::fake::{FakeDomain, Host};
 use rxl_migrate::stream::reduced::{Agreed, Reduce};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -165,6 +166,21 @@ impl Target {
     pub fn seeds(&self) -> Vec<Vec<u8>> {
         (self.seeds)()
     }
+}
+
+/// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
+const FRAMES_SMALL: u64 = 64;
+const FRAMES_LARGE: u64 = 1200;
+
+/// An empty domain on a host of its own, which may be the larger one, or have no extents.
+fn empty_domain(hvm: bool, large: bool, fragmented: bool) -> FakeDomain {
+    let frames = if large { FRAMES_LARGE } else { FRAMES_SMALL };
+    let host = Host::new(frames, 7);
+    let domain = host.create(hvm, frames / 2, 2);
+    if fragmented {
+        host.fragment();
+    }
+    domain
 }
 
 /// Lets a panic take the memory that its message and backtrace need.

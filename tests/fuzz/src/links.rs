@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use rxl_migrate::Error;
-use rxl_migrate::fake::{FakeDomain, FakeToolstack, Host, Script, WIRING};
+use rxl_migrate::fake::{FakeDomain, FakeToolstack, Script, WIRING};
 use rxl_migrate::frame::{PAGE_SIZE, PageBuf, PageType, Pfn};
 use rxl_migrate::hypervisor::{Access, Domain, ForeignPages, SourceDomain};
 use rxl_migrate::stream::libxc::{
@@ -21,11 +21,8 @@ use crate::input::Input;
 use crate::linked::{Linked, pages, reduced, table, to};
 use crate::receivers::Receivers;
 use crate::ways::{Stream, Wires};
-use crate::{alone, assert_told, block};
+use crate::{FRAMES_LARGE, alone, assert_told, block, empty_domain};
 
-/// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
-const FRAMES_SMALL: u64 = 64;
-const FRAMES_LARGE: u64 = 1200;
 /// Longest record that is made of an input.
 const RECORD_BYTES_MAX: usize = 1 << 20;
 /// Pages of a PV guest that hold machine frames, which differ from host to host.
@@ -82,12 +79,8 @@ fn unpack(mut input: Input<'_>) -> (Vec<u8>, bool) {
 /// A guest that was restored from a stream and links, or why not.
 fn restored(flags: u8, ways: Vec<Vec<u8>>) -> Result<FakeDomain, Error> {
     let has = |flag| flags & flag != 0;
-    let frames = if has(flag::LARGE) { FRAMES_LARGE } else { FRAMES_SMALL };
-    let host = Host::new(frames, 7);
-    let domain = host.create(has(flag::HVM), frames / 2, 2);
-    if has(flag::FRAGMENTED) {
-        host.fragment();
-    }
+    let domain = empty_domain(has(flag::HVM), has(flag::LARGE), has(flag::FRAGMENTED));
+    let host = domain.host();
     if has(flag::FAILS) {
         host.fail("map", 4, 5);
     }

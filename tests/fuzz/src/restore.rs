@@ -27,11 +27,8 @@ use crate::input::Input;
 use crate::linked::{Linked, two_links};
 use crate::receivers::Receivers;
 use crate::ways::{Packed, Stream, Wires};
-use crate::{assert_told, file};
+use crate::{FRAMES_LARGE, assert_told, empty_domain, file};
 
-/// Frames of a host for a few pages, and of one that has room for extents of 2 MiB.
-const FRAMES_SMALL: u64 = 64;
-const FRAMES_LARGE: u64 = 1200;
 /// Highest pfn of a domain that is saved again: its bitmaps grow with that.
 const AGAIN_PFN_MAX: u64 = 1 << 16;
 
@@ -120,15 +117,11 @@ fn is_taken(bytes: &[u8]) -> bool {
     }
 }
 
-/// An empty domain on a host of its own.
+/// An empty domain, as the flags say.
 fn new_domain(flags: u8) -> FakeDomain {
     let has = |flag| flags & flag != 0;
-    let frames = if has(flag::LARGE) { FRAMES_LARGE } else { FRAMES_SMALL };
-    let host = Host::new(frames, 7);
-    let domain = host.create(has(flag::HVM), frames / 2, 2);
-    if has(flag::FRAGMENTED) {
-        host.fragment();
-    }
+    let domain = empty_domain(has(flag::HVM), has(flag::LARGE), has(flag::FRAGMENTED));
+    let host = domain.host();
     if has(flag::REFUSES_LEAF) {
         host.refuse_leaf(REFUSED_LEAF);
     }
