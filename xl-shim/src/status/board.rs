@@ -34,7 +34,8 @@ struct Posted {
 }
 
 impl Board {
-    /// Says in `runs` that this process does that to a domain.
+    /// Says in `runs` that this process does that to a domain, and takes away what is left there
+    /// of others: who never asks for the status would have a file for each migration else.
     pub(crate) fn post(
         runs: Runs,
         doing: Doing,
@@ -42,6 +43,7 @@ impl Board {
         config: &DomainConfig,
         target: Option<Target>,
     ) -> Board {
+        runs.tidy();
         let pid = process::id();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let (name, domid) = domain;
@@ -141,12 +143,33 @@ impl Drop for Posted {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::time::Duration;
+
     use rxl_migrate::report::Event;
 
+    use super::super::state;
     use super::*;
 
     fn see(board: &Board, t_ms: u64, event: Event) {
         board.see(&Stamped { t_ns: t_ms * 1_000_000, event });
+    }
+
+    #[test]
+    fn who_begins_takes_away_what_others_have_left_longer_ago() {
+        let directory = tempfile::tempdir().unwrap();
+        let runs = Runs::at(directory.path());
+        let ended = |pid| State { pid, pid_started: 1, exit: Some(0), ..state::example() };
+        for pid in [1, 2] {
+            runs.write(&ended(pid)).unwrap();
+        }
+        let file = File::open(directory.path().join("1.json")).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(61)).unwrap();
+        let config = DomainConfig::parse(r#"{"c_info":{"name":"web"}}"#).unwrap();
+        let board = Board::post(runs.clone(), Doing::Receive, ("web", None), &config, None);
+        assert_eq!(runs.read(1), None);
+        assert_eq!(runs.read(2), Some(ended(2)), "whoever waits for the end can read it");
+        drop(board);
     }
 
     #[test]

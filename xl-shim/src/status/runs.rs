@@ -2,8 +2,10 @@
 //! outlive the host. A file is always a whole one: it is written beside and takes the other's
 //! place.
 //!
-//! The file of an rxl that was killed is taken by its guard, once that has put things right. If the
-//! guard was killed as well, whoever reads the directory takes it, once the domain's lock is free.
+//! A file stays for a minute after its rxl's end. The next rxl that begins takes it away then, or
+//! whoever reads the directory. The file of an rxl that was killed is taken by its guard, once that
+//! has put things right; if the guard was killed as well it goes like others, once the domain's
+//! lock is free.
 
 use std::fs;
 use std::io;
@@ -67,6 +69,11 @@ impl Runs {
             // Whoever reads the directory may have been quicker.
             let _ = fs::remove_file(self.path(pid).with_extension(end));
         }
+    }
+
+    /// Takes away what is left of rxls that are gone, but for ends that may still be read.
+    pub(super) fn tidy(&self) {
+        self.list();
     }
 
     /// All that goes on, the oldest first. Takes away what is left of others.
