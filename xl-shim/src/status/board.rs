@@ -159,7 +159,7 @@ mod tests {
     fn who_begins_takes_away_what_others_have_left_longer_ago() {
         let directory = tempfile::tempdir().unwrap();
         let runs = Runs::at(directory.path());
-        let ended = |pid| State { pid, pid_started: 1, exit: Some(0), ..state::example() };
+        let ended = |pid| State { pid, pid_started: u64::MAX, exit: Some(0), ..state::example() };
         for pid in [1, 2] {
             runs.write(&ended(pid)).unwrap();
         }
