@@ -123,14 +123,10 @@ fn way(mover: Mover, guest: &str, target: &str, nics: usize) -> Way {
         Mover::Xl => ("xl", format!("xl migrate -s lab-rsh {guest} {target}")),
         Mover::Rxl => {
             let names: Vec<String> = (0..nics).map(|nic| format!("eth{nic}")).collect();
-            let several = match nics {
-                // Otherwise there would be a connection over each of the host's NICs.
-                1 => " --streams 0".to_owned(),
-                // What is left out of the memory is for another benchmark.
-                _ => format!(" --no-encrypt --reduce none --nics {}", names.join(",")),
-            };
+            // What is left out of the memory is for another benchmark.
+            let links = format!("--no-encrypt --reduce none --nics {}", names.join(","));
             let rxl = format!("rxl migrate --report {REPORT_PATH} -s lab-rsh");
-            ("rxl", format!("{rxl}{several} {guest} {target}"))
+            ("rxl", format!("{rxl} {links} {guest} {target}"))
         }
     };
     Way { by: by.to_owned(), command, reports: mover == Mover::Rxl, timeout: TIMEOUT }
@@ -220,12 +216,10 @@ mod tests {
     }
 
     #[test]
-    fn several_nics_are_named_to_rxl_and_one_has_the_stream_alone() {
-        assert!(way(Mover::Rxl, "g", "host2", 1).command.contains(" --streams 0 g host2"));
-        let command = way(Mover::Rxl, "g", "host2", 2).command;
-        assert!(
-            command.contains(" --no-encrypt --reduce none --nics eth0,eth1 g host2"),
-            "{command}"
-        );
+    fn nics_are_named_to_rxl_or_it_would_use_all() {
+        let command = |nics| way(Mover::Rxl, "g", "host2", nics).command;
+        assert!(command(1).contains(" --nics eth0 g host2"));
+        let two = command(2);
+        assert!(two.contains(" --no-encrypt --reduce none --nics eth0,eth1 g host2"), "{two}");
     }
 }
